@@ -1,0 +1,91 @@
+"""Coincidence classes: what makes the closed form exact at a cost that does not depend on the image size.
+
+Entry (i, j) of one axis' Gram matrix collects the pairs (p, r) of kernel entries through which one output
+reads both input i and input j. Over the whole axis these sets of pairs take only a few distinct values,
+the classes, each at many places (i, j).
+"""
+
+import dataclasses
+from collections import Counter, defaultdict
+from functools import lru_cache
+
+import numpy as np
+
+from tf_frobreg.convolution import Axis
+
+__all__ = ["Coincidences", "coincidences"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Coincidences:
+    """The classes of one axis.
+
+    Attributes:
+        pairs: `(pairs, 2)`, the pairs (p, r) that occur in some class.
+        members: `(classes, pairs)` of 0 and 1: which pairs make up which class.
+        counts: `(classes,)`, at how many (i, j) each class occurs.
+        diagonal: `(classes,)` bool: whether those (i, j) have i = j. (A class that holds a pair (p, p)
+            lies on the diagonal, and no other does.)
+    """
+
+    pairs: np.ndarray
+    members: np.ndarray
+    counts: np.ndarray
+    diagonal: np.ndarray
+
+
+@lru_cache(maxsize=1024)
+def coincidences(axis: Axis, side: str, *, half: bool = False) -> Coincidences:
+    """Returns the coincidence classes of one axis.
+
+    Args:
+        axis: The axis.
+        side: "input" for MᵀM: pairs of inputs that share an output; "output" for MMᵀ.
+        half: Keep one of each two classes that are each other's transpose, and count it twice.
+    """
+    classes = _count_classes(axis, side)
+    if half:
+        transposed = {c: tuple(sorted((r, p) for p, r in c)) for c in classes}
+        classes = {
+            c: n * (1 if c == transposed[c] else 2) for c, n in classes.items() if c <= transposed[c]
+        }
+    pairs = sorted({pair for c in classes for pair in c})
+    return Coincidences(
+        pairs=np.array(pairs),
+        members=np.array([[pair in c for pair in pairs] for c in map(set, classes)], dtype=np.int64),
+        counts=np.array(list(classes.values())),
+        diagonal=np.array([any(p == r for p, r in c) for c in classes]),
+    )
+
+
+def _count_classes(axis: Axis, side: str) -> dict[tuple, int]:
+    """Maps each class, a sorted tuple of pairs, to its number of places.
+
+    Beyond a few kernel widths a longer axis only repeats its interior: the numbers grow linearly, with
+    the period of the stride. Two short axes therefore tell the classes of a long one.
+    """
+    period = axis.stride
+    short = 2 * axis.span + 2 * period
+    repeats = (axis.input_size - short) // period
+    if repeats <= 1:
+        return _enumerate_classes(axis, side)
+    base_size = axis.input_size - repeats * period
+    base, longer = (
+        _enumerate_classes(dataclasses.replace(axis, input_size=base_size + extra), side)
+        for extra in (0, period)
+    )
+    return {c: base[c] + repeats * (n - base[c]) for c, n in longer.items()}
+
+
+def _enumerate_classes(axis: Axis, side: str) -> Counter:
+    outputs, inputs, entries = axis.taps
+    own, shared = (inputs, outputs) if side == "input" else (outputs, inputs)
+    meeting = defaultdict(list)
+    for s, i, p in zip(shared.tolist(), own.tolist(), entries.tolist(), strict=True):
+        meeting[s].append((i, p))
+    places = defaultdict(list)
+    for taps in meeting.values():
+        for i, p in taps:
+            for j, r in taps:
+                places[i, j].append((p, r))
+    return Counter(tuple(sorted(pairs)) for pairs in places.values())

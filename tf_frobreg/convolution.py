@@ -1,0 +1,261 @@
+"""The geometry of one convolution: which output reads which input through which kernel entry.
+
+Everything else in the package, explicit matrix and closed form alike, follows from the taps of each
+spatial axis that are listed here.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+
+__all__ = ["Axis", "Convolution", "Geometry", "Taps", "check_number"]
+
+PADDINGS = ("same", "valid", "circular")
+KINDS = ("conv", "depthwise", "transpose")
+LAYERS = {2: "Dense", 3: "Conv1D", 4: "Conv2D", 5: "Conv3D"}  # by the rank of the kernel
+
+
+class Geometry(TypedDict, total=False):
+    """The keyword arguments that say how a kernel is applied; see `Convolution`."""
+
+    strides: int | Sequence[int]
+    padding: str
+    dilation_rate: int | Sequence[int]
+    groups: int
+    kind: str
+
+
+class Taps(NamedTuple):
+    """Output `outputs[t]` reads input `inputs[t]` through kernel entry `entries[t]`, for every t."""
+
+    outputs: np.ndarray
+    inputs: np.ndarray
+    entries: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a convolution."""
+
+    input_size: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    padding: str
+
+    @property
+    def span(self) -> int:
+        """Inputs from the first to the last one that the dilated kernel covers."""
+        return (self.kernel_size - 1) * self.dilation + 1
+
+    @property
+    def output_size(self) -> int:
+        """Number of outputs."""
+        if self.padding == "valid":
+            return (self.input_size - self.span) // self.stride + 1
+        return -(-self.input_size // self.stride)
+
+    @property
+    def pad(self) -> int:
+        """Positions before input 0 that output 0 would read."""
+        if self.padding == "valid":
+            return 0
+        if self.padding == "circular":
+            return (self.span - 1) // 2
+        # Keras' "same" centres what the strides leave over; an odd rest goes behind the image.
+        total = max((self.output_size - 1) * self.stride + self.span - self.input_size, 0)
+        return total // 2
+
+    @cached_property
+    def taps(self) -> Taps:
+        """All (output, input, entry) triples with input = output·stride + entry·dilation − pad."""
+        outputs, entries = np.indices((self.output_size, self.kernel_size)).reshape(2, -1)
+        inputs = outputs * self.stride + entries * self.dilation - self.pad
+        if self.padding == "circular":
+            return Taps(outputs, inputs % self.input_size, entries)
+        inside = (inputs >= 0) & (inputs < self.input_size)
+        return Taps(outputs[inside], inputs[inside], entries[inside])
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """How a kernel of one shape acts on an image: all of M but the values of the kernel.
+
+    Args:
+        kernel_shape: `(*kernel_size, in_channels / groups, filters)` for `kind="conv"` (any number of
+            spatial axes; none is a `Dense` layer), `(*kernel_size, channels, depth_multiplier)` for
+            "depthwise", `(*kernel_size, filters, in_channels)` for "transpose": the shapes Keras uses.
+        input_size: Spatial size of the layer's input, an int or one int per axis.
+        strides: As in Keras, an int or one int per axis.
+        padding: "same" (zeros, Keras' rule), "valid", or "circular" (the image repeats itself; output
+            size as for "same").
+        dilation_rate: As in Keras, an int or one int per axis; not together with strides above 1.
+        groups: As in Keras' `Conv2D(groups=...)`; only for `kind="conv"`.
+        kind: "conv", "depthwise" or "transpose" (the layers `Conv*D`, `DepthwiseConv*D`,
+            `Conv*DTranspose`; kernels of the same rank mean different things in each).
+
+    Raises:
+        ValueError, TypeError: Where an argument is not as above. The message names the argument.
+    """
+
+    kernel_shape: tuple[int, ...]
+    input_size: tuple[int, ...]
+    strides: tuple[int, ...] = 1
+    padding: str = "same"
+    dilation_rate: tuple[int, ...] = 1
+    groups: int = 1
+    kind: str = "conv"
+
+    def __post_init__(self):
+        shape = tuple(self.kernel_shape)
+        if len(shape) not in LAYERS:
+            raise ValueError(
+                "kernel must have rank 4, (kh, kw, in_channels, filters), or that of another layer: 3 for "
+                f"Conv1D, 5 for Conv3D, 2 for Dense. Received: kernel.shape={shape}"
+            )
+        if None in shape or 0 in shape:
+            raise ValueError(f"kernel must have a known shape and must not be empty. Received: {shape=}")
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {PADDINGS}. Received: padding={self.padding!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}. Received: kind={self.kind!r}")
+        rank = len(shape) - 2
+        if rank == 0 and self.kind != "conv":
+            raise ValueError(f"kind={self.kind!r} needs a spatial axis. Received: kernel.shape={shape}")
+        set_ = object.__setattr__  # the class is frozen to be hashable; this normalises once, at birth
+        set_(self, "kernel_shape", tuple(int(n) for n in shape))
+        for name in ("input_size", "strides", "dilation_rate"):
+            set_(self, name, _per_axis(name, getattr(self, name), rank))
+        set_(self, "groups", _integer("groups", self.groups))
+        self._check_combinations()
+
+    def _check_combinations(self):
+        if max(self.strides, default=1) > 1 and max(self.dilation_rate, default=1) > 1:
+            raise ValueError(
+                "strides above 1 cannot be combined with dilation_rate above 1, as in Keras. "
+                f"Received: strides={self.strides}, dilation_rate={self.dilation_rate}"
+            )
+        if self.groups > 1 and self.kind != "conv":
+            raise ValueError(
+                f'groups above 1 need kind="conv". Received: groups={self.groups}, kind={self.kind!r}'
+            )
+        if self.kind == "conv" and self.kernel_shape[-1] % self.groups:
+            raise ValueError(
+                "groups must divide the filters, the last axis of the kernel. "
+                f"Received: groups={self.groups}, kernel.shape={self.kernel_shape}"
+            )
+        for n, axis in zip(self.input_size, self.axes, strict=True):
+            if self.padding == "valid" and self.kind != "transpose" and n < axis.span:
+                raise ValueError(
+                    'input_size must be at least the (dilated) kernel size when padding="valid". Received: '
+                    f"input_size={self.input_size}, kernel.shape={self.kernel_shape}, "
+                    f"dilation_rate={self.dilation_rate}"
+                )
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Spatial part of the kernel's shape."""
+        return self.kernel_shape[:-2]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the layer's M is the transpose of the convolution that `axes` describes."""
+        return self.kind == "transpose"
+
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """One `Axis` per spatial axis, of the underlying convolution where `transposed`."""
+        parts = zip(self.input_size, self.kernel_size, self.strides, self.dilation_rate, strict=True)
+        axes = (Axis(n, k, s, d, self.padding) for n, k, s, d in parts)
+        if not self.transposed:
+            return tuple(axes)
+        # A transposed convolution reads n positions and writes what a convolution would have read.
+        return tuple(
+            dataclasses.replace(
+                a,
+                input_size=a.input_size * a.stride
+                + (max(a.span - a.stride, 0) if self.padding == "valid" else 0),
+            )
+            for a in axes
+        )
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """(groups, g, h): M is block diagonal, each block a convolution of g channels to h."""
+        g, h = self.kernel_shape[-2:]
+        return (g, 1, h) if self.kind == "depthwise" else (self.groups, g, h // self.groups)
+
+    def by_group(self, kernel, xp):
+        """The kernel as `(groups, *kernel_size, g, h)`; `xp` is the module of its arrays (tf or np)."""
+        groups, g, h = self.blocks
+        if groups == 1:
+            return xp.reshape(kernel, (1, *self.kernel_size, g, h))
+        # Depthwise kernels hold the group before the filter too: (…, channels, multiplier).
+        split = xp.reshape(kernel, (*self.kernel_size, g, groups, h))
+        rank = len(self.kernel_size)
+        return xp.transpose(split, (rank + 1, *range(rank + 1), rank + 2))
+
+    def from_groups(self, blocks, xp):
+        """Inverse of `by_group`."""
+        rank = len(self.kernel_size)
+        merged = xp.transpose(blocks, (*range(1, rank + 2), 0, rank + 2))
+        return xp.reshape(merged, self.kernel_shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of M."""
+        groups, g, h = self.blocks
+        ends = (
+            math.prod(a.output_size for a in self.axes) * groups * h,
+            math.prod(a.input_size for a in self.axes) * groups * g,
+        )
+        return ends[::-1] if self.transposed else ends
+
+
+def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False) -> float:
+    """Returns `value` as a plain float, or raises naming the argument."""
+    wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
+    # NumPy booleans are not bools, and Python's are ints: neither is meant as a number here.
+    try:
+        if isinstance(value, (bool, np.bool_, str, bytes)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number {wanted}. Received: {name}={value!r}") from None
+    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
+        raise ValueError(f"{name} must be a finite number {wanted}. Received: {name}={value!r}")
+    return number
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer. Received: {name}={value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1. Received: {name}={value!r}")
+    return number
+
+
+def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)) or np.ndim(value) == 0:
+        number = _integer(name, value)
+        if rank == 0 and name == "input_size":
+            raise ValueError(
+                "a kernel of rank 2 has no spatial axis: input_size must be () for a Dense kernel; a LoRA "
+                f"adapter is not a convolution and cannot be regularized as one. Received: {name}={value!r}"
+            )
+        return (number,) * rank
+    if len(value) != rank:
+        raise ValueError(
+            f"{name} must be an int or {rank} ints, one per spatial axis of the kernel. "
+            f"Received: {name}={value!r}"
+        )
+    return tuple(_integer(name, n) for n in value)

@@ -1,0 +1,226 @@
+"""The explicit transformation matrix M, a sparse tensor built from its Toeplitz indices."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, Unpack
+
+import numpy as np
+import tensorflow as tf
+
+from tf_frobreg.convolution import Convolution, Geometry, Taps
+
+__all__ = ["ToeplitzIndices", "as_kernel", "index_set", "toeplitz_indices", "transformation_matrix"]
+
+LAYOUTS = ("channels_last", "paper")
+# Peak bytes per entry while the index is built and sorted: measured 75, see the memory test.
+BYTES_PER_ENTRY = 80
+
+
+class ToeplitzIndices(NamedTuple):
+    """Where each kernel entry stands in M, in row-major order.
+
+    Attributes:
+        positions: `(entries, 2)` int64, the row and column of each appearance.
+        kernel_index: `(entries,)` int64, the flat index into the kernel of what stands there.
+        dense_shape: (rows, columns) of M.
+    """
+
+    positions: np.ndarray
+    kernel_index: np.ndarray
+    dense_shape: tuple[int, int]
+
+
+def transformation_matrix(
+    kernel, input_size, *, layout: str = "channels_last", **geometry: Unpack[Geometry]
+) -> tf.SparseTensor:
+    r"""Returns the matrix M of a convolution, with `M·vec(X) = vec(Y)`, differentiable in `kernel`.
+
+    M is the doubly block banded Toeplitz matrix of equations (2.1) and (3.1) of the paper: its entries
+    are gathered from the kernel, so that `tf.GradientTape` carries the gradient of any function of M
+    back to the kernel. It needs about 80 bytes per entry while it is built; for the penalty
+    ‖MᵀM − αI‖²_F itself, `frobenius_penalty` needs no M.
+
+    Args:
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        layout: "channels_last" orders rows and columns as Keras flattens an image, (row, column,
+            channel). "paper" orders them (channel, row, column): (3.1) with blocks as in (2.1).
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
+            `tf_frobreg.convolution.Convolution`.
+
+    Returns:
+        A `tf.SparseTensor` of shape `(out_positions·filters, in_positions·in_channels)` in row-major
+        order, without repeated indices.
+
+    Raises:
+        ValueError: Where an argument is invalid, or where M would not fit in memory (before anything
+            of that size is allocated).
+        TypeError: Where an argument has the wrong type.
+
+    Example:
+        A penalty of one's own, here on the sum of each row of M, is a few lines:
+
+        >>> kernel = tf.Variable([[[[1.0]]], [[[2.0]]], [[[-1.0]]]])  # 3 × 1 × 1 × 1
+        >>> with tf.GradientTape() as tape:
+        ...     m = transformation_matrix(kernel, (4, 1))
+        ...     penalty = tf.reduce_sum((tf.sparse.reduce_sum(m, axis=1) - 1.0) ** 2)
+        >>> print(tf.sparse.to_dense(m).numpy())
+        [[ 2. -1.  0.  0.]
+         [ 1.  2. -1.  0.]
+         [ 0.  1.  2. -1.]
+         [ 0.  0.  1.  2.]]
+        >>> print(penalty.numpy(), tape.gradient(penalty, kernel).numpy().ravel())
+        6.0 [8. 8. 4.]
+    """
+    kernel = as_kernel(kernel)
+    index = toeplitz_indices(kernel.shape, input_size, layout=layout, **geometry)
+    values = tf.gather(tf.reshape(kernel, [-1]), index.kernel_index)
+    # Where the image is smaller than the kernel, "circular" taps fall onto each other: their sum counts.
+    first = np.ones(len(index.positions), dtype=bool)
+    first[1:] = (index.positions[1:] != index.positions[:-1]).any(axis=1)
+    if not first.all():
+        values = tf.math.segment_sum(values, np.cumsum(first) - 1)
+    return tf.SparseTensor(index.positions[first], values, index.dense_shape)
+
+
+def toeplitz_indices(
+    kernel_shape: Sequence[int],
+    input_size,
+    *,
+    layout: str = "channels_last",
+    **geometry: Unpack[Geometry],
+) -> ToeplitzIndices:
+    """Returns the row, column and kernel entry of everything that stands in M.
+
+    Args:
+        kernel_shape: Shape of the kernel.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        layout: As for `transformation_matrix`.
+        **geometry: As for `transformation_matrix`.
+
+    Returns:
+        The index of M. A position appears more than once where "circular" taps fall onto each other.
+
+    Raises:
+        ValueError, TypeError: As `transformation_matrix`.
+
+    Example:
+        >>> index = toeplitz_indices((3, 1, 1, 1), (2, 1))
+        >>> print(index.positions.tolist(), index.kernel_index)
+        [[0, 0], [0, 1], [1, 0], [1, 1]] [1 2 0 1]
+    """
+    conv = Convolution(tuple(kernel_shape), input_size, **geometry)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}. Received: layout={layout!r}")
+    groups, g, h = conv.blocks
+    count = math.prod(len(a.taps.entries) for a in conv.axes) * groups * g * h
+    check_memory(
+        count * BYTES_PER_ENTRY,
+        f"M of shape {conv.shape[0]} × {conv.shape[1]} has {count:,} entries",
+        'frobenius_penalty(..., method="closed_form"), or a smaller input_size',
+    )
+
+    outputs, inputs, entries = _spatial_taps(conv)
+    pixels_out = math.prod(a.output_size for a in conv.axes)
+    pixels_in = math.prod(a.input_size for a in conv.axes)
+    # (taps, groups, g, h) from here on
+    flat = np.arange(math.prod(conv.kernel_shape)).reshape(conv.kernel_shape)
+    kernel_index = conv.by_group(flat, np).reshape(groups, -1, g, h).swapaxes(0, 1)[entries]
+    group = np.arange(groups)[:, None, None]
+    ends = [
+        _positions(outputs, group * h + np.arange(h), pixels_out, groups * h, layout),
+        _positions(inputs, group * g + np.arange(g)[:, None], pixels_in, groups * g, layout),
+    ]
+    rows, columns = (
+        np.broadcast_to(end, kernel_index.shape).ravel() for end in (ends[::-1] if conv.transposed else ends)
+    )
+    order = np.argsort(rows * conv.shape[1] + columns, kind="stable")
+    positions = np.stack([rows[order], columns[order]], axis=1)
+    return ToeplitzIndices(positions, kernel_index.ravel()[order], conv.shape)
+
+
+def index_set(
+    kernel_shape: Sequence[int],
+    input_size,
+    entry: Sequence[int],
+    *,
+    layout: str = "channels_last",
+    **geometry: Unpack[Geometry],
+) -> np.ndarray:
+    """Returns the paper's Ω: all (i, j) at which M holds one kernel entry (Theorems 2.1 and 3.1).
+
+    Args:
+        kernel_shape: Shape of the kernel.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        entry: Index of the kernel entry, 0-based, one int per axis of the kernel: (p, q, z, y).
+        layout: As for `transformation_matrix`.
+        **geometry: As for `transformation_matrix`.
+
+    Returns:
+        `(|Ω|, 2)` int64, row-major order.
+
+    Raises:
+        ValueError, TypeError: As `transformation_matrix`, and where `entry` is not in the kernel.
+
+    Example:
+        >>> index_set((3, 1, 1, 1), (3, 1), (0, 0, 0, 0)).tolist()
+        [[1, 0], [2, 1]]
+    """
+    index = toeplitz_indices(kernel_shape, input_size, layout=layout, **geometry)
+    shape = tuple(kernel_shape)
+    if len(entry) != len(shape) or not all(0 <= e < n for e, n in zip(entry, shape, strict=True)):
+        raise ValueError(f"entry must be an index into a kernel of shape {shape}. Received: entry={entry!r}")
+    return index.positions[index.kernel_index == np.ravel_multi_index(tuple(entry), shape)]
+
+
+def as_kernel(kernel) -> tf.Tensor:
+    """Returns `kernel` as a tensor; refuses what is not float32 or float64, or, if its values are known, finite."""
+    try:
+        tensor = tf.convert_to_tensor(kernel)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"kernel must be an array of real numbers. Received: {kernel!r:.80}") from error
+    if tensor.dtype not in (tf.float32, tf.float64):
+        raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={tensor.dtype.name}")
+    if tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():
+        raise ValueError(f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tensor.shape}")
+    return tensor
+
+
+def check_memory(needed: int, what: str, instead: str) -> None:
+    """Raises ValueError if `needed` bytes are more than this machine has free now."""
+    free = _free_memory()
+    if needed > free:
+        raise ValueError(
+            f"{what}: building it needs {needed:,} bytes, {free:,} are free. Use {instead}, instead."
+        )
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: half of what is installed, or of 8 GiB where that is unknown
+        installed = 8 << 30
+        if hasattr(os, "sysconf"):
+            installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return installed // 2
+
+
+def _spatial_taps(conv: Convolution) -> Taps:
+    """The taps of all axes together: pixels and kernel entries as flat, row-major indices."""
+
+    def join(left, right, size):
+        return (left[:, None] * size + right).ravel()
+
+    joint = Taps(*np.zeros((3, 1), dtype=np.int64))
+    for a in conv.axes:
+        sizes = a.output_size, a.input_size, a.kernel_size
+        joint = Taps(*map(join, joint, a.taps, sizes))
+    return joint
+
+
+def _positions(pixel: np.ndarray, channel: np.ndarray, pixels: int, channels: int, layout: str) -> np.ndarray:
+    """Row or column of M for each pixel and channel."""
+    pixel = pixel[:, None, None, None]
+    return pixel * channels + channel if layout == "channels_last" else channel * pixels + pixel
