@@ -34,7 +34,9 @@ def naive_matrix(kernel, image, strides=1, padding="same", dilation_rate=1, grou
     matrix = np.zeros((*outputs, filters, *image, channels))
     for out in np.ndindex(*outputs):
         for tap in np.ndindex(*size):
-            place = [o * s + t * d - p for o, s, t, d, p in zip(out, strides, tap, dilation, pads, strict=True)]
+            place = [
+                o * s + t * d - p for o, s, t, d, p in zip(out, strides, tap, dilation, pads, strict=True)
+            ]
             if padding == "circular":
                 place = [x % n for x, n in zip(place, image, strict=True)]
             elif any(x < 0 or x >= n for x, n in zip(place, image, strict=True)):
@@ -63,7 +65,8 @@ def printed_blocks(kernel, n):
 
     def banded(below, centre, above):
         return [
-            [{-1: below, 0: centre, 1: above}.get(column - row, 0.0) for column in range(n)] for row in range(n)
+            [{-1: below, 0: centre, 1: above}.get(column - row, 0.0) for column in range(n)]
+            for row in range(n)
         ]
 
     zero = [[0.0] * n for _ in range(n)]

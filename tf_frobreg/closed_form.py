@@ -75,6 +75,8 @@ class ClosedForm:
 
     def value(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
         """‖Gram − αI‖²_F, with a gradient of its own: fewer matrix products than a tape would find."""
+        if not self.gram_size:  # no tap meets the image, as with dilation 2 on a single pixel
+            return tf.reduce_sum(0.0 * kernel)
 
         @tf.custom_gradient
         def penalty(kernel):
@@ -86,7 +88,7 @@ class ClosedForm:
                     def second_order(direction):  # a Hessian-vector product: rare, so left to a tape
                         with tf.GradientTape() as tape:
                             tape.watch(kernel)
-                            again = self.gradient(kernel, alpha)
+                            _, again = self.value_and_gradient(kernel, alpha)
                         return tape.gradient(again, kernel, output_gradients=direction)
 
                     return self._gradient(kernel, residual), second_order
@@ -97,9 +99,12 @@ class ClosedForm:
 
         return penalty(kernel)
 
-    def gradient(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
-        """∂‖Gram − αI‖²_F/∂K."""
-        return self._gradient(kernel, self._residual(kernel, alpha))
+    def value_and_gradient(self, kernel: tf.Tensor, alpha: float) -> tuple[tf.Tensor, tf.Tensor]:
+        """‖Gram − αI‖²_F and its derivative in the kernel."""
+        if not self.gram_size:
+            return tf.zeros((), kernel.dtype), tf.zeros_like(kernel)
+        residual = self._residual(kernel, alpha)
+        return self._weighted_squares(residual), self._gradient(kernel, residual)
 
     def _taps(self, kernel):
         """The kernel as one (groups, rest·g, h) matrix per entry of the first axis; g ↔ h for MMᵀ."""
@@ -114,10 +119,14 @@ class ClosedForm:
         """Gram − αI, as one block per class: (classes, groups, g, g)."""
         taps, g = self._taps(kernel)
         k = self.kernel_size[1:]
-        products = tf.stack([
-            tf.matmul(_join(taps, [p for p, _ in atom]), _join(taps, [r for _, r in atom]), transpose_b=True)
-            for atom in self.atoms
-        ])  # (atoms, groups, rest·g, rest·g)
+        products = tf.stack(
+            [
+                tf.matmul(
+                    _join(taps, [p for p, _ in atom]), _join(taps, [r for _, r in atom]), transpose_b=True
+                )
+                for atom in self.atoms
+            ]
+        )  # (atoms, groups, rest·g, rest·g)
         products = tf.reshape(products, (*products.shape[:2], *k, g, *k, g))
         blocks = tf.transpose(products, self._pairs_first())
         block_shape = blocks.shape[-3:]
@@ -160,8 +169,10 @@ class ClosedForm:
             else:
                 _scatter(tf.matmul(factor, _join(taps, left), transpose_a=True), right, parts)
             _scatter(tf.matmul(factor, _join(taps, right)), left, parts)
-        total = tf.stack([tf.add_n(p) if p else tf.zeros_like(t) for p, t in zip(parts, taps, strict=True)], 1)
-        total = 2.0 * tf.reshape(total, (groups, *self.kernel_size, g, -1))
+        total = tf.stack(
+            [tf.add_n(p) if p else tf.zeros_like(t) for p, t in zip(parts, taps, strict=True)], 1
+        )
+        total = 2.0 * tf.reshape(total, (groups, *self.conv.kernel_size, g, -1))
         if self.side == "output":
             total = tf.linalg.matrix_transpose(total)
         return self.conv.from_groups(total, tf)

@@ -46,15 +46,14 @@ def coincidences(axis: Axis, side: str, *, half: bool = False) -> Coincidences:
     classes = _count_classes(axis, side)
     if half:
         transposed = {c: tuple(sorted((r, p) for p, r in c)) for c in classes}
-        classes = {
-            c: n * (1 if c == transposed[c] else 2) for c, n in classes.items() if c <= transposed[c]
-        }
+        classes = {c: n * (1 if c == transposed[c] else 2) for c, n in classes.items() if c <= transposed[c]}
     pairs = sorted({pair for c in classes for pair in c})
+    members = [[pair in c for pair in pairs] for c in map(set, classes)]
     return Coincidences(
-        pairs=np.array(pairs),
-        members=np.array([[pair in c for pair in pairs] for c in map(set, classes)], dtype=np.int64),
-        counts=np.array(list(classes.values())),
-        diagonal=np.array([any(p == r for p, r in c) for c in classes]),
+        pairs=np.array(pairs, dtype=np.int64).reshape(-1, 2),
+        members=np.array(members, dtype=np.int64).reshape(len(classes), len(pairs)),
+        counts=np.array(list(classes.values()), dtype=np.int64),
+        diagonal=np.array([any(p == r for p, r in c) for c in classes], dtype=bool),
     )
 
 

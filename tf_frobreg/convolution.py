@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-__all__ = ["Axis", "Convolution", "Geometry", "Taps", "check_number"]
+__all__ = ["Axis", "Convolution", "Geometry", "Taps", "check_geometry", "check_integer", "check_number"]
 
 PADDINGS = ("same", "valid", "circular")
 KINDS = ("conv", "depthwise", "transpose")
@@ -131,7 +131,7 @@ class Convolution:
         set_(self, "kernel_shape", tuple(int(n) for n in shape))
         for name in ("input_size", "strides", "dilation_rate"):
             set_(self, name, _per_axis(name, getattr(self, name), rank))
-        set_(self, "groups", _integer("groups", self.groups))
+        set_(self, "groups", check_integer("groups", self.groups))
         self._check_combinations()
 
     def _check_combinations(self):
@@ -166,6 +166,12 @@ class Convolution:
     def transposed(self) -> bool:
         """Whether the layer's M is the transpose of the convolution that `axes` describes."""
         return self.kind == "transpose"
+
+    @property
+    def geometry(self) -> Geometry:
+        """The keyword arguments that made this geometry."""
+        names = Geometry.__annotations__
+        return Geometry(**{name: getattr(self, name) for name in names})
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
@@ -217,6 +223,24 @@ class Convolution:
         return ends[::-1] if self.transposed else ends
 
 
+def check_geometry(**arguments) -> dict[str, Any]:
+    """Returns `input_size` and the other arguments of `Convolution` as plain ints, lists and strings.
+
+    Raises as far as can be told before the kernel is known.
+    """
+    rank = next((len(value) for value in arguments.values() if _is_sequence(value)), 2)
+    if rank + 2 not in LAYERS:
+        raise ValueError(f"input_size must have at most 3 axes. Received: {arguments}")
+    Convolution((1,) * (rank + 1) + (arguments["groups"],), **arguments)
+
+    def plain(value):
+        if _is_sequence(value):
+            return [int(n) for n in value]
+        return value if isinstance(value, str) else int(value)
+
+    return {name: plain(value) for name, value in arguments.items()}
+
+
 def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False) -> float:
     """Returns `value` as a plain float, or raises naming the argument."""
     wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
@@ -232,21 +256,22 @@ def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool
     return number
 
 
-def _integer(name: str, value: Any) -> int:
+def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
+    """Returns `value` as a plain int, or raises naming the argument."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer. Received: {name}={value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1. Received: {name}={value!r}")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}. Received: {name}={value!r}")
     return number
 
 
 def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
-    if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)) or np.ndim(value) == 0:
-        number = _integer(name, value)
+    if not _is_sequence(value):
+        number = check_integer(name, value)
         if rank == 0 and name == "input_size":
             raise ValueError(
                 "a kernel of rank 2 has no spatial axis: input_size must be () for a Dense kernel; a LoRA "
@@ -258,4 +283,8 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
             f"{name} must be an int or {rank} ints, one per spatial axis of the kernel. "
             f"Received: {name}={value!r}"
         )
-    return tuple(_integer(name, n) for n in value)
+    return tuple(check_integer(name, n) for n in value)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) and np.ndim(value) > 0

@@ -9,7 +9,14 @@ from tf_frobreg.closed_form import closed_form
 from tf_frobreg.convolution import Convolution, Geometry, check_number
 from tf_frobreg.toeplitz import as_kernel, check_memory, toeplitz_indices, transformation_matrix
 
-__all__ = ["check_method", "evaluate", "frobenius_gradient", "frobenius_penalty", "penalty_floor"]
+__all__ = [
+    "check_method",
+    "evaluate",
+    "evaluate_gradient",
+    "frobenius_gradient",
+    "frobenius_penalty",
+    "penalty_floor",
+]
 
 METHODS = ("closed_form", "sparse")
 
@@ -91,9 +98,7 @@ def frobenius_gradient(
     alpha = check_number("alpha", alpha, exclusive=True)
     kernel = as_kernel(kernel)
     conv = Convolution(tuple(kernel.shape), input_size, **geometry)
-    if check_method(method) == "closed_form":
-        return closed_form(conv).gradient(kernel, alpha)
-    return 2.0 * _theorem_3_1(kernel, conv, alpha)
+    return evaluate_gradient(kernel, conv, alpha, check_method(method))[1]
 
 
 def penalty_floor(
@@ -139,6 +144,16 @@ def evaluate(kernel: tf.Tensor, conv: Convolution, alpha: float, method: str) ->
     return tf.reduce_sum(residual**2) + alpha**2 * max(0, columns - rows)
 
 
+def evaluate_gradient(
+    kernel: tf.Tensor, conv: Convolution, alpha: float, method: str
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """(R_α, ∂R_α/∂K) of a tensor whose arguments have been checked, without a tape."""
+    if method == "closed_form":
+        excess, gradient = closed_form(conv).value_and_gradient(kernel, alpha)
+        return excess + _floor(conv, alpha), gradient
+    return _theorem_3_1(kernel, conv, alpha)
+
+
 def check_method(method: str) -> str:
     """Returns `method` if there is one of that name."""
     if method not in METHODS:
@@ -150,16 +165,6 @@ def _floor(conv, alpha):
     return alpha**2 * (conv.shape[1] - closed_form(conv).gram_size)
 
 
-def _geometry(conv) -> Geometry:
-    return Geometry(
-        strides=conv.strides,
-        padding=conv.padding,
-        dilation_rate=conv.dilation_rate,
-        groups=conv.groups,
-        kind=conv.kind,
-    )
-
-
 def _dense_matrix(kernel, conv):
     rows, columns = conv.shape
     check_memory(
@@ -167,15 +172,16 @@ def _dense_matrix(kernel, conv):
         f'method="sparse" needs M of shape {rows} × {columns} and its Gram matrix as dense matrices',
         'method="closed_form"',
     )
-    return tf.sparse.to_dense(transformation_matrix(kernel, conv.input_size, **_geometry(conv)))
+    return tf.sparse.to_dense(transformation_matrix(kernel, conv.input_size, **conv.geometry))
 
 
 def _theorem_3_1(kernel, conv, alpha):
-    """½ ∂R/∂K by (3.2): for each (i, j) of Ω the two sums are entries of M Eᵀ and M E, E = MᵀM − αI."""
+    """(3.2): for each (i, j) of Ω the two sums are the entries of M Eᵀ and M E, with E = MᵀM − αI."""
     matrix = _dense_matrix(kernel, conv)
     residual = tf.matmul(matrix, matrix, transpose_a=True) - alpha * tf.eye(conv.shape[1], dtype=kernel.dtype)
     sums = tf.matmul(matrix, residual, transpose_b=True) + tf.matmul(matrix, residual)
-    index = toeplitz_indices(kernel.shape, conv.input_size, **_geometry(conv))
-    per_position = tf.gather_nd(sums, index.positions)
-    flat = tf.math.unsorted_segment_sum(per_position, index.kernel_index, kernel.shape.num_elements())
-    return tf.reshape(flat, kernel.shape)
+    index = toeplitz_indices(kernel.shape, conv.input_size, **conv.geometry)
+    half = tf.math.unsorted_segment_sum(
+        tf.gather_nd(sums, index.positions), index.kernel_index, kernel.shape.num_elements()
+    )
+    return tf.reduce_sum(residual**2), 2.0 * tf.reshape(half, kernel.shape)

@@ -169,13 +169,17 @@ def index_set(
     """
     index = toeplitz_indices(kernel_shape, input_size, layout=layout, **geometry)
     shape = tuple(kernel_shape)
-    if len(entry) != len(shape) or not all(0 <= e < n for e, n in zip(entry, shape, strict=True)):
-        raise ValueError(f"entry must be an index into a kernel of shape {shape}. Received: entry={entry!r}")
-    return index.positions[index.kernel_index == np.ravel_multi_index(tuple(entry), shape)]
+    try:
+        flat = np.ravel_multi_index(tuple(entry), shape)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"entry must be an index into a kernel of shape {shape}. Received: entry={entry!r}"
+        ) from None
+    return index.positions[index.kernel_index == flat]
 
 
 def as_kernel(kernel) -> tf.Tensor:
-    """Returns `kernel` as a tensor; refuses what is not float32 or float64, or, if its values are known, finite."""
+    """Returns `kernel` as a tensor, or raises if it is not of finite floats."""
     try:
         tensor = tf.convert_to_tensor(kernel)
     except (TypeError, ValueError) as error:
@@ -183,7 +187,9 @@ def as_kernel(kernel) -> tf.Tensor:
     if tensor.dtype not in (tf.float32, tf.float64):
         raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={tensor.dtype.name}")
     if tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():
-        raise ValueError(f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tensor.shape}")
+        raise ValueError(
+            f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tensor.shape}"
+        )
     return tensor
 
 
@@ -200,7 +206,10 @@ def _free_memory() -> int:
     try:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: half of what is installed, or of 8 GiB where that is unknown
+    except (
+        OSError,
+        StopIteration,
+    ):  # not Linux: half of what is installed, or of 8 GiB
         installed = 8 << 30
         if hasattr(os, "sysconf"):
             installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,224 @@
+"""R_α and its gradient: closed form, explicit M, tape, finite differences and slow twin all agree."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from geometries import CIRCULAR_CASES, KERAS_CASES, Case, cases, label
+from hypothesis import given, settings
+from oracles import dense_penalty, impulse_matrix, naive_matrix
+
+from tf_frobreg import frobenius_gradient, frobenius_penalty, penalty_floor, singular_values
+
+ALPHA = 1.7
+METHODS = ["closed_form", "sparse"]
+ALL_CASES = [*KERAS_CASES, *CIRCULAR_CASES, Case((2, 1, 1, 1), (1, 1), dilation_rate=2)]
+
+
+def tape_gradient(case, kernel, method):
+    kernel = tf.Variable(kernel)
+    with tf.GradientTape() as tape:
+        penalty = frobenius_penalty(kernel, case.image, alpha=ALPHA, method=method, **case.geometry)
+    return tape.gradient(penalty, kernel).numpy()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", KERAS_CASES, ids=label)
+def test_penalty_is_that_of_the_keras_layer(case, method):
+    kernel = case.kernel()
+    expected = dense_penalty(impulse_matrix(case.layer(kernel), case.image, case.channels), ALPHA)
+    found = frobenius_penalty(kernel, case.image, alpha=ALPHA, method=method, **case.geometry)
+    assert found.numpy() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CIRCULAR_CASES, ids=label)
+def test_circular_penalty_is_the_slow_twins(case, method):
+    geometry = case.geometry
+    del geometry["kind"]
+    expected = dense_penalty(naive_matrix(case.kernel(), case.image, **geometry), ALPHA)
+    found = frobenius_penalty(case.kernel(), case.image, alpha=ALPHA, method=method, **geometry)
+    assert found.numpy() == pytest.approx(expected, rel=1e-12)
+
+
+def check_all_gradients_agree(case):
+    kernel = case.kernel()
+    theorem, closed = (
+        frobenius_gradient(kernel, case.image, alpha=ALPHA, method=m, **case.geometry).numpy()
+        for m in ("sparse", "closed_form")
+    )
+    tolerance = {"rtol": 0, "atol": 1e-12 * max(np.abs(theorem).max(), 1.0)}
+    np.testing.assert_allclose(closed, theorem, **tolerance)
+    for method in METHODS:
+        np.testing.assert_allclose(tape_gradient(case, kernel, method), theorem, **tolerance)
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=label)
+def test_theorem_closed_form_and_tapes_agree(case):
+    check_all_gradients_agree(case)
+
+
+@settings(max_examples=80)
+@given(cases(ranks=(0, 1, 2, 3)))
+def test_methods_agree_for_any_geometry(case):
+    kernel = case.kernel()
+    closed, sparse = (
+        frobenius_penalty(kernel, case.image, alpha=ALPHA, method=m, **case.geometry).numpy() for m in METHODS
+    )
+    assert closed == pytest.approx(sparse, rel=1e-12)
+    check_all_gradients_agree(case)
+
+
+@pytest.mark.parametrize("case", ALL_CASES[::5], ids=label)
+def test_gradient_is_the_finite_difference(case):
+    kernel, direction = case.kernel(0), case.kernel(1)
+
+    def penalty(t):
+        return frobenius_penalty(kernel + t * direction, case.image, alpha=ALPHA, **case.geometry).numpy()
+
+    # Fourth-order differences of a quartic are exact: only rounding is left.
+    t = 0.1
+    slope = (8 * (penalty(t) - penalty(-t)) - (penalty(2 * t) - penalty(-2 * t))) / (12 * t)
+    gradient = frobenius_gradient(kernel, case.image, alpha=ALPHA, **case.geometry).numpy()
+    assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [None, False, True], ids=["eager", "graph", "xla"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", ALL_CASES[::4], ids=label)
+def test_closed_form_in_every_mode(case, dtype, compiled):
+    def value_and_gradient(kernel):
+        with tf.GradientTape() as tape:
+            tape.watch(kernel)
+            value = frobenius_penalty(kernel, case.image, alpha=ALPHA, **case.geometry)
+        return value, tape.gradient(value, kernel)
+
+    function = value_and_gradient
+    if compiled is not None:
+        function = tf.function(value_and_gradient, jit_compile=compiled)
+    kernel = case.kernel(dtype=dtype)
+    value, gradient = function(tf.constant(kernel))
+    assert value.dtype == gradient.dtype == dtype
+    exact = frobenius_gradient(case.kernel(), case.image, alpha=ALPHA, method="sparse", **case.geometry)
+    tolerance = 1e-12 if dtype == "float64" else 1e-5
+    np.testing.assert_allclose(gradient, exact, rtol=0, atol=tolerance * np.abs(exact).max())
+    penalty = frobenius_penalty(case.kernel(), case.image, alpha=ALPHA, method="sparse", **case.geometry)
+    assert value.numpy() == pytest.approx(penalty.numpy(), rel=tolerance)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("case", ALL_CASES[::6], ids=label)
+def test_hessian_vector_product(case, traced):
+    def product(kernel, direction):
+        with tf.GradientTape() as outer:
+            outer.watch(kernel)
+            with tf.GradientTape() as inner:
+                inner.watch(kernel)
+                penalty = frobenius_penalty(kernel, case.image, alpha=ALPHA, **case.geometry)
+            gradient = inner.gradient(penalty, kernel)
+        return outer.gradient(gradient, kernel, output_gradients=direction)
+
+    kernel, direction = case.kernel(0), case.kernel(1)
+    found = (tf.function(product) if traced else product)(tf.constant(kernel), tf.constant(direction))
+
+    def gradient(t):
+        return frobenius_gradient(kernel + t * direction, case.image, alpha=ALPHA, **case.geometry).numpy()
+
+    t = 0.1
+    expected = (8 * (gradient(t) - gradient(-t)) - (gradient(2 * t) - gradient(-2 * t))) / (12 * t)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * max(np.abs(expected).max(), 1.0))
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_laws(case):
+    kernel = case.kernel()
+    options = {"alpha": ALPHA, **case.geometry}
+    floor = penalty_floor(case.kernel_shape, case.image, **options)
+    penalty = frobenius_penalty(kernel, case.image, **options).numpy()
+    assert penalty >= floor * (1 - 1e-14)
+    sigma = singular_values(kernel, case.image, **case.geometry)
+    zero = frobenius_penalty(np.zeros(case.kernel_shape), case.image, **options).numpy()
+    columns = zero / ALPHA**2  # the zero kernel costs α² a column
+    assert columns == pytest.approx(round(columns), rel=1e-12)
+    short = columns - len(sigma)  # columns without a singular value of their own
+    assert np.sum((sigma**2 - ALPHA) ** 2) + max(short, 0) * ALPHA**2 == pytest.approx(penalty, rel=1e-10)
+
+
+def test_floors_of_the_paper():
+    assert penalty_floor((3, 3, 3, 1), 20) == 800
+    assert penalty_floor((3, 3, 6, 3), 20) == 1200
+    assert penalty_floor((3, 3, 6, 3), 20, alpha=2.0) == 4800
+    assert penalty_floor((3, 3, 3, 6), 20) == 0
+
+
+def test_inputs_that_strides_jump_over_count_to_the_floor():
+    # 25 of 100 inputs are read: rank 25 at the most, although M has 50 rows.
+    assert penalty_floor((1, 1, 1, 2), 10, strides=2) == 75
+    kernel = np.full((1, 1, 1, 2), 0.5**0.5)
+    assert frobenius_penalty(kernel, 10, strides=2).numpy() == pytest.approx(75, rel=1e-14)
+
+
+def test_centre_tap_orthogonal_kernel_has_no_penalty():
+    q, _ = np.linalg.qr(np.random.RandomState(0).standard_normal((4, 4)))
+    kernel = np.zeros((3, 3, 4, 4))
+    kernel[1, 1] = q
+    assert frobenius_penalty(kernel, 9).numpy() == pytest.approx(0, abs=1e-26)
+    assert frobenius_penalty(kernel * 2**0.5, 9, alpha=2.0).numpy() == pytest.approx(0, abs=1e-26)
+
+
+def test_shifted_delta_is_orthogonal_only_on_a_circle():
+    kernel = np.zeros((3, 3, 1, 1))
+    kernel[0, 2] = 1.0
+    assert frobenius_penalty(kernel, 7, padding="circular").numpy() == 0.0
+    assert frobenius_penalty(kernel, 7).numpy() == 13.0  # one row and one column of pixels are lost
+
+
+def test_penalty_is_invariant_under_orthogonal_mixing_of_channels():
+    random = np.random.RandomState(0)
+    kernel = random.standard_normal((3, 2, 3, 4))
+    u, v = (np.linalg.qr(random.standard_normal((n, n)))[0] for n in (3, 4))
+    mixed = u @ kernel @ v
+    assert frobenius_penalty(mixed, 6).numpy() == pytest.approx(
+        frobenius_penalty(kernel, 6).numpy(), rel=1e-13
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 16, 16), (3, 3, 16, 32), (3, 3, 32, 16)])
+def test_float32_keeps_its_digits_near_the_optimum(shape):
+    g, h = shape[-2:]
+    q, _ = np.linalg.qr(np.random.RandomState(0).standard_normal((max(g, h), min(g, h))))
+    kernel = 4e-5 * np.random.RandomState(1).standard_normal(shape)
+    kernel[1, 1] += q.T if g < h else q
+    kernel = kernel.astype("float32")
+    floor = penalty_floor(shape, 16)
+    exact = frobenius_penalty(kernel.astype("float64"), 16).numpy()
+    assert 1e-7 < (exact - floor) / (256 * g) < 1e-6
+    single = frobenius_penalty(kernel, 16).numpy()
+    assert single >= 0
+    assert single == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 0}, "alpha must be a finite number above 0. Received: alpha=0"),
+        ({"alpha": -1.0}, "alpha must be"),
+        ({"alpha": float("nan")}, "alpha must be"),
+        ({"alpha": float("inf")}, "alpha must be"),
+        ({"alpha": "1"}, "alpha must be a number"),
+        ({"method": "dense"}, "method must be one of .*Received: method='dense'"),
+        ({"kernel": np.ones((3, 3, 1, 1), int)}, "kernel must be float32 or float64"),
+        ({"kernel": np.ones((3, 3, 1, 1), np.float16)}, "kernel must be float32 or float64"),
+        ({"input_size": 0}, "input_size must be at least 1"),
+        ({"padding": "zero"}, "padding must be one of"),
+    ],
+)
+@pytest.mark.parametrize("function", [frobenius_penalty, frobenius_gradient])
+def test_bad_arguments_are_refused_by_name(function, arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        function(**{"kernel": np.ones((3, 3, 1, 1)), "input_size": 8} | arguments)
+
+
+def test_explicit_method_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r'method="sparse" needs M.*Use method="closed_form"'):
+        frobenius_penalty(np.ones((3, 3, 64, 64)), 64, method="sparse")

@@ -1,0 +1,35 @@
+"""Keeps the singular values of convolution layers near √α by penalising ‖MᵀM − αI‖²_F exactly."""
+
+import os
+import sys
+
+__version__ = "0.1.0"
+
+# The command line answers --help without waiting seconds for TensorFlow. Everybody else gets the whole
+# package at once: Keras can load a saved regularizer only where its class has been imported.
+_run_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__
+_run_as_script = os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") == "tf-frobreg"
+
+if not (_run_as_module or _run_as_script):
+    from tf_frobreg.descent import DescentResult, StopReason, paper_schedule, regularize_kernel
+    from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_floor
+    from tf_frobreg.plotting import plot_convergence
+    from tf_frobreg.regularizers import FrobeniusRegularizer
+    from tf_frobreg.spectrum import singular_values
+    from tf_frobreg.toeplitz import index_set, toeplitz_indices, transformation_matrix
+
+__all__ = [
+    "DescentResult",
+    "FrobeniusRegularizer",
+    "StopReason",
+    "frobenius_gradient",
+    "frobenius_penalty",
+    "index_set",
+    "paper_schedule",
+    "penalty_floor",
+    "plot_convergence",
+    "regularize_kernel",
+    "singular_values",
+    "toeplitz_indices",
+    "transformation_matrix",
+]

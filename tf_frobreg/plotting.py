@@ -1,0 +1,48 @@
+"""Figures."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from tf_frobreg.descent import DescentResult
+
+__all__ = ["plot_convergence"]
+
+
+def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Figure:
+    """Draws σmax (blue, left axis) and σmin (red, right axis) against the step, as in Figure 4.1.
+
+    Args:
+        results: One result of `regularize_kernel`, or several by the title of their panel.
+
+    Returns:
+        A figure with one panel per result; `figure.savefig(path)` writes it. The steps are on a
+        logarithmic scale (step + 1): the paper's step sizes do most of their work in the first twenty.
+
+    Example:
+        >>> from tf_frobreg import regularize_kernel
+        >>> result = regularize_kernel(np.ones((3, 3, 1, 1)), 6, max_steps=30)
+        >>> figure = plot_convergence({"3×3×1×1": result})
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['σmax', 'σmin']
+    """
+    if isinstance(results, DescentResult):
+        results = {"": results}
+    columns = math.ceil(math.sqrt(len(results)))
+    rows = math.ceil(len(results) / columns)
+    figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
+    for number, (title, result) in enumerate(results.items(), start=1):
+        left = figure.add_subplot(rows, columns, number, title=title, xlabel="iter + 1", xscale="log")
+        _draw_sigma(left, result, "sigma_max", "σmax", "tab:blue")
+        _draw_sigma(left.twinx(), result, "sigma_min", "σmin", "tab:red")
+    return figure
+
+
+def _draw_sigma(axes, result, column, label, colour):
+    values = result.history[column]
+    measured = np.isfinite(values)
+    axes.plot(result.history["step"][measured] + 1, values[measured], color=colour)
+    axes.set_ylabel(label, color=colour)
+    axes.tick_params(axis="y", labelcolor=colour)
