@@ -15,13 +15,14 @@ if not (_run_as_module or _run_as_script):
     from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_floor
     from tf_frobreg.plotting import plot_convergence
     from tf_frobreg.regularizers import FrobeniusRegularizer
-    from tf_frobreg.spectrum import singular_values
+    from tf_frobreg.spectrum import extreme_singular_values, singular_values
     from tf_frobreg.toeplitz import index_set, toeplitz_indices, transformation_matrix
 
 __all__ = [
     "DescentResult",
     "FrobeniusRegularizer",
     "StopReason",
+    "extreme_singular_values",
     "frobenius_gradient",
     "frobenius_penalty",
     "index_set",

@@ -148,8 +148,8 @@ def _reproduce(options) -> int:
 
 def _regularize(options) -> int:
     outputs = {"--output": options.output, "--plot": options.plot, "--history": options.history}
-    plot_format = os.path.splitext(options.plot or ".png")[1].lstrip(".").lower()
-    if plot_format not in ("png", "pdf", "svg"):
+    plot_format = os.path.splitext(options.plot or "")[1].lstrip(".").lower()
+    if options.plot is not None and plot_format not in ("png", "pdf", "svg"):
         raise BadInput(f"--plot must end in .png, .pdf or .svg. Received: {options.plot}")
     kernel = read_kernel(options.kernel)
     with output_files(outputs, force=options.force) as files:

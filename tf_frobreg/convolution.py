@@ -231,7 +231,8 @@ def check_geometry(**arguments) -> dict[str, Any]:
     rank = next((len(value) for value in arguments.values() if _is_sequence(value)), 2)
     if rank + 2 not in LAYERS:
         raise ValueError(f"input_size must have at most 3 axes. Received: {arguments}")
-    Convolution((1,) * (rank + 1) + (arguments["groups"],), **arguments)
+    groups = check_integer("groups", arguments["groups"])
+    Convolution((1,) * (rank + 1) + (groups,), **arguments)
 
     def plain(value):
         if _is_sequence(value):

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tf_frobreg.convolution import Convolution, Geometry, check_integer, check_number
 from tf_frobreg.penalty import check_method, evaluate, evaluate_gradient
-from tf_frobreg.spectrum import gram_extremes
+from tf_frobreg.spectrum import extreme_singular_values
 from tf_frobreg.toeplitz import as_kernel
 
 __all__ = ["DescentResult", "StopReason", "paper_schedule", "regularize_kernel"]
@@ -57,7 +57,12 @@ class DescentResult:
 
 
 def paper_schedule(step: int) -> float:
-    """The paper's step sizes (section 4): λ = 1e-5 for 10 steps, 1e-4 for 10 more, then 1e-3."""
+    """Returns the paper's λ for a step (section 4): 1e-5 for 10 steps, 1e-4 for 10 more, then 1e-3.
+
+    Example:
+        >>> [paper_schedule(step) for step in (0, 9, 10, 19, 20, 1000)]
+        [1e-05, 1e-05, 0.0001, 0.0001, 0.001, 0.001]
+    """
     return 1e-5 if step < 10 else 1e-4 if step < 20 else 1e-3
 
 
@@ -128,7 +133,7 @@ def regularize_kernel(
     function = _penalty_and_gradient(conv, alpha, check_method(method), gradient)
 
     def distance(kernel, row):  # (1.1)
-        row["sigma_max"], row["sigma_min"] = gram_extremes(
+        row["sigma_max"], row["sigma_min"] = extreme_singular_values(
             kernel, conv.input_size, accuracy=min(1e-6, 1e-3 * max(tolerance, 1e-9)), **conv.geometry
         )
         return max(abs(row["sigma_max"] - alpha**0.5), abs(row["sigma_min"] - alpha**0.5))

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from tf_frobreg.convolution import Convolution, check_geometry, check_number
 from tf_frobreg.penalty import check_method, evaluate
+from tf_frobreg.toeplitz import as_kernel
 
 __all__ = ["FrobeniusRegularizer"]
 
@@ -78,7 +79,7 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
 
     def __call__(self, x):
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        kernel = tf.convert_to_tensor(x)
+        kernel = as_kernel(x, check_finite=False)  # a diverging training is to show a NaN loss, not stop
         conv = Convolution(tuple(kernel.shape), **self.geometry)
         penalty = evaluate(kernel, conv, self.alpha, self.method)
         scale = self.factor / (conv.shape[1] if self.reduction == "mean" else 1)

@@ -178,15 +178,15 @@ def index_set(
     return index.positions[index.kernel_index == flat]
 
 
-def as_kernel(kernel) -> tf.Tensor:
-    """Returns `kernel` as a tensor, or raises if it is not of finite floats."""
+def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
+    """Returns `kernel` as a tensor, or raises if it is not of (finite) floats."""
     try:
         tensor = tf.convert_to_tensor(kernel)
     except (TypeError, ValueError) as error:
         raise TypeError(f"kernel must be an array of real numbers. Received: {kernel!r:.80}") from error
     if tensor.dtype not in (tf.float32, tf.float64):
         raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={tensor.dtype.name}")
-    if tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():
+    if check_finite and tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():
         raise ValueError(
             f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tensor.shape}"
         )

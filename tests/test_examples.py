@@ -1,0 +1,106 @@
+"""The examples and notebooks, run as a reader would run them."""
+
+import gzip
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+from tf_frobreg.cli import main
+
+ROOT = Path(__file__).parents[1]
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+
+
+def run(script, *arguments, status=0):
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def write_idx(path, array):
+    header = struct.pack(f">BBBB{array.ndim}i", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture(
+    params=[
+        "made up",
+        pytest.param(
+            "real",
+            marks=pytest.mark.skipif(
+                not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
+            ),
+        ),
+    ]
+)
+def data_dir(request, tmp_path):
+    if request.param == "real":
+        return FASHION_MNIST
+    directory = tmp_path / "data"
+    directory.mkdir()
+    random = np.random.RandomState(0)
+    for part, count in [("train", 300), ("t10k", 100)]:
+        labels = random.randint(10, size=count).astype(np.uint8)
+        images = (random.rand(count, 28, 28) * 25 * labels[:, None, None]).astype(np.uint8)
+        write_idx(directory / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(directory / f"{part}-labels-idx1-ubyte.gz", labels)
+    return directory
+
+
+def test_train_fashion_mnist_and_regularize_a_kernel_from_it(data_dir, tmp_path, capfd):
+    output = tmp_path / "models"
+    command = ["train_fashion_mnist.py", "--quick", "--data-dir", data_dir, "--output-dir", output]
+    printed = run(*command).stdout
+    assert "none" in printed
+    assert "frobenius" in printed
+    assert sorted(path.name for path in output.iterdir()) == [
+        "frobenius.keras",
+        "frobenius_conv2.npy",
+        "none.keras",
+        "none_conv2.npy",
+    ]
+    assert "--output-dir is not empty; --force" in run(*command, status=1).stderr
+    options = "--input-size 28 --strides 2 --learning-rate 1e-5 --max-steps 20 --output"
+    new = tmp_path / "new.npy"
+    assert main(["regularize", str(output / "none_conv2.npy"), *options.split(), str(new)]) == 1
+    assert np.load(new).shape == (3, 3, 16, 16)
+
+
+def test_train_fashion_mnist_names_a_bad_directory(tmp_path):
+    done = run("train_fashion_mnist.py", "--data-dir", tmp_path, "--output-dir", tmp_path / "out", status=1)
+    assert "--data-dir must hold the four .gz files" in done.stderr
+
+
+def test_custom_penalty():
+    lines = run("custom_penalty.py", "--steps", 100, "--input-size", 6).stdout.splitlines()
+    (start_max, _), (own_max, own_min), (paper_max, paper_min) = (
+        map(float, line[12:].split()[:2]) for line in lines[1:]
+    )
+    assert start_max > 2
+    assert own_max < 1.2
+    assert paper_max < 1.2
+    assert paper_min > own_min + 0.2  # only the paper's penalty lifts the small ones
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook_runs_and_prints_what_it_holds(path, tmp_path):
+    notebook = nbformat.read(path, as_version=4)
+    held = [printed_by(cell) for cell in notebook.cells]
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert any(held)
+    for cell, before in zip(notebook.cells, held, strict=True):
+        # Lines that end in a rounding error say another one on another machine.
+        for old, new in zip(before.splitlines(), printed_by(cell).splitlines(), strict=True):
+            assert new == old or "difference" in old
+
+
+def printed_by(cell):
+    outputs = cell.get("outputs", [])
+    return "".join(output["text"] for output in outputs if output.get("name") == "stdout")

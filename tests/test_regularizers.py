@@ -1,0 +1,183 @@
+"""FrobeniusRegularizer in the models of Keras users."""
+
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from geometries import KERAS_CASES, label
+
+from tf_frobreg import FrobeniusRegularizer, frobenius_penalty, singular_values
+
+
+def small_model(**options):
+    keras.utils.set_random_seed(1)
+    regularizer = FrobeniusRegularizer(8, 1e-2, **options)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(
+                4,
+                3,
+                padding="same",
+                activation="relu",
+                kernel_regularizer=regularizer,
+            ),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3),
+        ]
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"])
+    return model
+
+
+def data():
+    random = np.random.RandomState(0)
+    return random.standard_normal((32, 8, 8, 1)).astype("float32"), random.randint(3, size=32)
+
+
+def test_is_a_keras_regularizer():
+    assert isinstance(FrobeniusRegularizer(8), tf.keras.regularizers.Regularizer)
+
+
+@pytest.mark.parametrize("case", KERAS_CASES, ids=label)
+def test_value_is_factor_times_penalty(case):
+    kernel = case.kernel()
+    expected = frobenius_penalty(kernel, case.image, alpha=2.0, **case.geometry).numpy()
+    total = FrobeniusRegularizer(case.image, 0.3, 2.0, **case.geometry)
+    assert total(kernel).numpy() == pytest.approx(0.3 * expected, rel=1e-14)
+    mean = FrobeniusRegularizer(case.image, 0.3, 2.0, reduction="mean", **case.geometry)
+    columns = int(np.prod(case.image)) * case.channels
+    assert mean(kernel).numpy() == pytest.approx(0.3 * expected / columns, rel=1e-14)
+
+
+def test_penalty_reaches_the_loss():
+    model = small_model()
+    (penalty,) = model.losses
+    assert penalty.numpy() == pytest.approx(
+        1e-2 * frobenius_penalty(model.layers[0].kernel, 8).numpy(), rel=1e-6
+    )
+    x, y = data()
+    with_penalty = model.evaluate(x, y, verbose=0)[0]
+    plain = model.loss(y, model(x)).numpy()
+    assert with_penalty == pytest.approx(plain + penalty.numpy(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("closed_form", {}),
+        ("closed_form", {"jit_compile": True}),
+        ("closed_form", {"run_eagerly": True}),
+        ("sparse", {}),  # sparse tensors do not compile under XLA
+        ("sparse", {"run_eagerly": True}),
+    ],
+)
+def test_training_draws_the_singular_values_to_one(method, options):
+    model = small_model(method=method)
+    model.compile(keras.optimizers.Adam(0.02), model.loss, **options)
+    kernel = model.layers[0].kernel
+    before = singular_values(kernel, 8)
+    model.fit(*data(), epochs=30, verbose=0)
+    after = singular_values(kernel, 8)
+    assert np.ptp(after) < 0.5 * np.ptp(before)
+    assert abs(after.mean() - 1) < 0.1
+
+
+def test_saved_model_has_the_same_loss_in_a_new_process(tmp_path):
+    model = small_model(alpha=1.5, padding="same", reduction="mean")
+    x, y = data()
+    model.fit(x, y, epochs=1, verbose=0)
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    script = (
+        "import sys, json, numpy as np, tf_frobreg, keras\n"
+        "model = keras.models.load_model(sys.argv[1])\n"
+        "data = np.load(sys.argv[2])\n"
+        "evaluated = model.evaluate(data['x'], data['y'], verbose=0)\n"
+        "print(json.dumps([evaluated, model.layers[0].kernel_regularizer.get_config()]))\n"
+    )
+    command = [sys.executable, "-c", script, path, str(tmp_path / "data.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    evaluated, config = json.loads(done.stdout.splitlines()[-1])
+    assert evaluated == pytest.approx(model.evaluate(x, y, verbose=0), rel=1e-6)
+    assert config == model.layers[0].kernel_regularizer.get_config()
+
+
+def test_config_is_plain_and_round_trips():
+    regularizer = FrobeniusRegularizer(
+        np.array([8, 9]), np.float32(0.5), 2, strides=(1, 2), padding="valid", groups=np.int64(2)
+    )
+    config = regularizer.get_config()
+    assert config == {
+        "input_size": [8, 9],
+        "factor": 0.5,
+        "alpha": 2.0,
+        "strides": [1, 2],
+        "padding": "valid",
+        "dilation_rate": 1,
+        "groups": 2,
+        "kind": "conv",
+        "reduction": "sum",
+        "method": "closed_form",
+    }
+    assert json.loads(json.dumps(config)) == config
+    again = keras.regularizers.deserialize(keras.regularizers.serialize(regularizer))
+    assert again.get_config() == config
+
+
+def test_mixed_precision_penalises_the_float32_variable():
+    layer = keras.layers.Conv2D(
+        4, 3, padding="same", dtype="mixed_float16", kernel_regularizer=FrobeniusRegularizer(8)
+    )
+    layer.build((None, 8, 8, 2))
+    assert layer.losses[0].dtype == "float32"
+    assert np.isfinite(layer.losses[0])
+
+
+def test_a_kernel_that_is_no_longer_finite_gives_a_loss_not_an_error():
+    assert np.isnan(FrobeniusRegularizer(8)(np.full((3, 3, 1, 1), np.nan, "float32")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"factor": -1}, "factor must be a finite number at least 0. Received: factor=-1"),
+        ({"factor": float("nan")}, "factor must be"),
+        ({"factor": float("inf")}, "factor must be"),
+        ({"factor": True}, "factor must be a number"),
+        ({"factor": None}, "factor must be a number"),
+        ({"alpha": 0.0}, "alpha must be"),
+        ({"input_size": 0}, "input_size must be at least 1"),
+        ({"input_size": (8, 8, 8, 8)}, "input_size must have at most 3 axes"),
+        ({"input_size": (8, 8), "strides": (1, 1, 1)}, "strides must be an int or 2 ints"),
+        ({"padding": "causal"}, "padding must be one of"),
+        ({"strides": 2, "dilation_rate": 2}, "strides above 1 cannot be combined"),
+        ({"reduction": "max"}, "reduction must be one of .*Received: reduction='max'"),
+        ({"method": "fft"}, "method must be one of"),
+        ({"kind": "dense"}, "kind must be one of"),
+        ({"groups": 0}, "groups must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        FrobeniusRegularizer(**{"input_size": 8} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (np.ones((2, 4)), "input_size must be .. for a Dense kernel; a LoRA"),
+        (np.ones((3, 3, 3)), "input_size must be an int or 1 ints"),
+        (np.ones((9, 9, 1, 1)), "input_size must be at least the .dilated. kernel size"),
+        (np.ones((3, 3, 1, 1), "float16"), "kernel must be float32 or float64"),
+    ],
+)
+def test_kernels_that_do_not_fit_are_refused_by_name(kernel, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        FrobeniusRegularizer((8, 8) if kernel.ndim == 3 else 8, padding="valid")(kernel)

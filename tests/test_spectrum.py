@@ -1,0 +1,59 @@
+"""Singular values against the SVD of the slow twin's M."""
+
+import numpy as np
+import pytest
+from geometries import CIRCULAR_CASES, KERAS_CASES, Case, label
+from oracles import impulse_matrix, naive_matrix
+
+import tf_frobreg.spectrum
+from tf_frobreg import singular_values
+from tf_frobreg.spectrum import extreme_singular_values
+
+
+@pytest.mark.parametrize("case", KERAS_CASES, ids=label)
+def test_singular_values_are_those_of_the_keras_layer(case):
+    kernel = case.kernel()
+    matrix = impulse_matrix(case.layer(kernel), case.image, case.channels)
+    expected = np.linalg.svd(matrix, compute_uv=False)
+    found = singular_values(kernel, case.image, **case.geometry)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13 * expected[0])
+    assert found.dtype == np.float64
+    assert (np.diff(found) <= 0).all()
+
+
+def test_squares_add_up_to_the_norm_of_m():
+    case = CIRCULAR_CASES[0]
+    geometry = case.geometry
+    del geometry["kind"]
+    matrix = naive_matrix(case.kernel(), case.image, **geometry)
+    assert np.sum(singular_values(case.kernel(), case.image, **geometry) ** 2) == pytest.approx(
+        np.sum(matrix**2)
+    )
+
+
+def test_float32_kernels_are_measured_in_float64():
+    kernel = np.random.RandomState(0).standard_normal((3, 3, 2, 2)).astype("float32")
+    assert np.array_equal(singular_values(kernel, 5), singular_values(kernel.astype("float64"), 5))
+
+
+@pytest.mark.parametrize(
+    "case", [Case((3, 3, 3, 6), (12, 12)), Case((3, 3, 6, 3), (12, 10)), *KERAS_CASES[::3]]
+)
+@pytest.mark.parametrize("small", [0, 10**6], ids=["arpack", "lapack"])
+def test_extremes_are_the_ends_of_the_spectrum(case, small, monkeypatch):
+    monkeypatch.setattr(tf_frobreg.spectrum, "SMALL", max(small, 22))
+    sigma = singular_values(case.kernel(), case.image, **case.geometry)
+    found = extreme_singular_values(case.kernel(), case.image, **case.geometry)
+    assert found.sigma_max == pytest.approx(sigma[0], rel=1e-6)
+    assert found.sigma_min == pytest.approx(sigma[-1], rel=1e-5, abs=1e-7 * sigma[0])
+
+
+def test_extremes_of_a_rank_deficient_kernel():
+    kernel = np.zeros((3, 3, 2, 2))
+    kernel[1, 1, 0, 0] = 3.0
+    assert extreme_singular_values(kernel, 16) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-7))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="the singular values of M of shape 262144 × 262144 need a dense"):
+        singular_values(np.ones((1, 1, 1, 1)), 512)
