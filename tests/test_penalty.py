@@ -1,5 +1,6 @@
 """R_α and its gradient: closed form, explicit M, tape, finite differences and slow twin all agree."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,7 +8,14 @@ from geometries import CIRCULAR_CASES, KERAS_CASES, Case, cases, label
 from hypothesis import given, settings
 from oracles import dense_penalty, impulse_matrix, naive_matrix
 
-from tf_frobreg import frobenius_gradient, frobenius_penalty, penalty_floor, singular_values
+from tf_frobreg import (
+    FrobeniusRegularizer,
+    frobenius_gradient,
+    frobenius_penalty,
+    penalty_excess,
+    penalty_floor,
+    singular_values,
+)
 
 ALPHA = 1.7
 METHODS = ["closed_form", "sparse"]
@@ -181,6 +189,59 @@ def test_penalty_is_invariant_under_orthogonal_mixing_of_channels():
     assert frobenius_penalty(mixed, 6).numpy() == pytest.approx(
         frobenius_penalty(kernel, 6).numpy(), rel=1e-13
     )
+
+
+@pytest.mark.filterwarnings("ignore:LorthRegularizer. warning configuration:UserWarning")
+@pytest.mark.parametrize("shape", [(3, 3, 2, 4), (3, 3, 3, 3), (5, 5, 2, 2), (3, 3, 4, 2)])
+def test_circular_penalty_is_deel_lips(shape):
+    from deel.lip.regularizers import LorthRegularizer
+
+    kernel, n = np.random.RandomState(0).standard_normal(shape).astype("float32"), 12
+    theirs = LorthRegularizer(kernel_shape=shape)(tf.constant(kernel)).numpy()
+    # With fewer filters than channels deel-lip measures MMᵀ, which lacks the columns that cannot be reached.
+    ours = penalty_excess(kernel, n, padding="circular").numpy() / n**2
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_both_parts_of_a_separable_convolution(rank):
+    image = (6, 5)[:rank]
+    layer = getattr(keras.layers, f"SeparableConv{rank}D")(
+        4,
+        3,
+        strides=2,
+        padding="same",
+        depth_multiplier=2,
+        use_bias=False,
+        dtype="float64",
+        depthwise_regularizer=FrobeniusRegularizer(image, 1.0, strides=2, kind="depthwise"),
+        pointwise_regularizer=FrobeniusRegularizer(tuple(-(-n // 2) for n in image), 1.0),
+    )
+    layer.build((None, *image, 3))
+    depthwise, pointwise = (weight.numpy() for weight in layer.weights)
+    cases = [
+        Case(depthwise.shape, image, strides=2, kind="depthwise"),
+        Case(pointwise.shape, tuple(-(-n // 2) for n in image)),
+    ]
+    matrices = [
+        impulse_matrix(case.layer(kernel), case.image, case.channels)
+        for case, kernel in zip(cases, (depthwise, pointwise), strict=True)
+    ]
+    # The two matrices are those of the layer: their product is what it does to impulses.
+    np.testing.assert_allclose(matrices[1] @ matrices[0], impulse_matrix(layer, image, 3), atol=1e-12)
+    assert [float(loss) for loss in layer.losses] == pytest.approx(
+        [dense_penalty(m) for m in matrices], rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("case", [*ALL_CASES[::3], Case((3, 3, 3, 1), (6, 6))], ids=label)
+def test_excess_is_the_penalty_above_its_floor(case):
+    options = {"alpha": ALPHA, **case.geometry}
+    excess = penalty_excess(case.kernel(), case.image, **options).numpy()
+    floor = penalty_floor(case.kernel_shape, case.image, **options)
+    penalty = frobenius_penalty(case.kernel(), case.image, **options).numpy()
+    assert excess + floor == pytest.approx(penalty, rel=1e-14)
+    assert excess >= 0
 
 
 @pytest.mark.parametrize("shape", [(3, 3, 16, 16), (3, 3, 16, 32), (3, 3, 32, 16)])

@@ -12,7 +12,7 @@ _run_as_script = os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(
 
 if not (_run_as_module or _run_as_script):
     from tf_frobreg.descent import DescentResult, StopReason, paper_schedule, regularize_kernel
-    from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_floor
+    from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_excess, penalty_floor
     from tf_frobreg.plotting import plot_convergence
     from tf_frobreg.regularizers import FrobeniusRegularizer
     from tf_frobreg.spectrum import extreme_singular_values, singular_values
@@ -27,6 +27,7 @@ __all__ = [
     "frobenius_penalty",
     "index_set",
     "paper_schedule",
+    "penalty_excess",
     "penalty_floor",
     "plot_convergence",
     "regularize_kernel",

@@ -11,6 +11,7 @@ has the same form with outputs in place of inputs; the smaller of the two is the
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, reduce
 
 import numpy as np
@@ -20,6 +21,10 @@ from tf_frobreg.coincidence import Coincidences, coincidences
 from tf_frobreg.convolution import Axis, Convolution
 
 __all__ = ["ClosedForm", "closed_form"]
+
+
+# Entries up to which one combined member matrix beats one per axis, which move the blocks twice.
+COMBINED = 4096
 
 
 @lru_cache(maxsize=1024)
@@ -35,17 +40,19 @@ def closed_form(conv: Convolution) -> "ClosedForm":
 
     sizes = {"input": gram_size("input", g), "output": gram_size("output", h)}
     side = min(sizes, key=sizes.get)
-    first, rest = coincidences(axes[0], side, half=True), [coincidences(a, side) for a in axes[1:]]
-    atoms, atom_members = _atoms(first)
+    first, *rest = (coincidences(a, side, half=a is axes[0]) for a in axes)
+    members = first.members, _joint_members(rest, [a.kernel_size for a in axes[1:]])
+    counts = first.counts, _outer(c.counts for c in rest)
+    if members[0].size * members[1].size <= COMBINED:
+        members, counts = (np.kron(*members),), (_outer(counts),)
     return ClosedForm(
         conv=conv,
         side=side,
         gram_size=sizes[side],
-        kernel_size=tuple(a.kernel_size for a in axes),
-        atoms=atoms,
-        members=(atom_members, *(_square(c, a.kernel_size) for c, a in zip(rest, axes[1:], strict=True))),
-        counts=(first.counts, *(c.counts for c in rest)),
-        diagonal=reduce(np.multiply.outer, [c.diagonal for c in (first, *rest)]).ravel(),
+        pairs=first.pairs,
+        members=members,
+        counts=counts,
+        diagonal=_outer(c.diagonal for c in (first, *rest)),
     )
 
 
@@ -57,18 +64,17 @@ class ClosedForm:
         conv: The geometry.
         side: "input" where Gram = MᵀM, "output" where Gram = MMᵀ.
         gram_size: Number of rows of Gram; M has no larger rank, whatever the kernel.
-        kernel_size: Spatial shape of the kernel; (1,) for Dense.
-        atoms: Pairs of the first axis, in groups that no class tears apart: one matrix product each.
-        members: Per axis a 0/1 matrix: the atoms (first axis) or pairs (p·k + r, others) of each class.
-        counts: Per axis the number of places of each class.
-        diagonal: For each class of all axes together, whether it lies on the diagonal.
+        pairs: `(pairs, 2)`, the pairs (p, r) of the first axis' classes, one of each transposed two.
+        members: One or two 0/1 matrices, (classes, pairs); their Kronecker product tells which pairs, of
+            the first axis and of all others together, make up which class.
+        counts: For each of them, the number of places of its classes.
+        diagonal: For each class of all axes, whether it lies on the diagonal.
     """
 
     conv: Convolution
     side: str
     gram_size: int
-    kernel_size: tuple[int, ...]
-    atoms: tuple[tuple[tuple[int, int], ...], ...]
+    pairs: np.ndarray
     members: tuple[np.ndarray, ...]
     counts: tuple[np.ndarray, ...]
     diagonal: np.ndarray
@@ -107,30 +113,20 @@ class ClosedForm:
         return self._weighted_squares(residual), self._gradient(kernel, residual)
 
     def _taps(self, kernel):
-        """The kernel as one (groups, rest·g, h) matrix per entry of the first axis; g ↔ h for MMᵀ."""
+        """The kernel as (first axis, other axes, groups, g, h), with g and h swapped for MMᵀ."""
         blocks = self.conv.by_group(kernel, tf)
         if self.side == "output":
             blocks = tf.linalg.matrix_transpose(blocks)
-        groups, g, h = blocks.shape[0], *blocks.shape[-2:]
-        blocks = tf.reshape(blocks, (groups, self.kernel_size[0], -1, h))
-        return tf.unstack(blocks, axis=1), g
+        first = self.conv.kernel_size[0] if self.conv.kernel_size else 1
+        return tf.reshape(blocks, (first, -1, *blocks.shape[-3:]))
 
     def _residual(self, kernel, alpha):
         """Gram − αI, as one block per class: (classes, groups, g, g)."""
-        taps, g = self._taps(kernel)
-        k = self.kernel_size[1:]
-        products = tf.stack(
-            [
-                tf.matmul(
-                    _join(taps, [p for p, _ in atom]), _join(taps, [r for _, r in atom]), transpose_b=True
-                )
-                for atom in self.atoms
-            ]
-        )  # (atoms, groups, rest·g, rest·g)
-        products = tf.reshape(products, (*products.shape[:2], *k, g, *k, g))
-        blocks = tf.transpose(products, self._pairs_first())
+        taps = self._taps(kernel)
+        left, right = (tf.gather(taps, ends) for ends in self.pairs.T)
+        # K[p, q] K[r, s]ᵀ: (pairs of the first axis, q, s, groups, g, g)
+        blocks = tf.matmul(left[:, :, None], right[:, None], transpose_b=True)
         block_shape = blocks.shape[-3:]
-
         classes = 1
         for members in self.members:
             blocks = tf.reshape(blocks, (classes, members.shape[1], -1))
@@ -142,75 +138,57 @@ class ClosedForm:
 
     def _weighted_squares(self, residual):
         """Σ n_c ‖residual_c‖²_F."""
-        counts = reduce(np.multiply.outer, self.counts).ravel()
-        return tf.tensordot(_constant(counts, residual), tf.reduce_sum(residual**2, axis=(1, 2, 3)), 1)
+        rows = tf.reshape(residual, (len(self.diagonal), -1))
+        return tf.reduce_sum(_constant(_outer(self.counts), residual) * tf.reduce_sum(rows**2, axis=1))
 
     def _gradient(self, kernel, residual):
-        """4 Σ T K, T the sum of the residuals of all classes that a pair belongs to."""
-        classes, groups, g, _ = residual.shape
-        blocks = residual
+        """2 Σ F K[r, s] at (p, q) plus 2 Σ Fᵀ K[p, q] at (r, s), F[(p, q), (r, s)] = Σ n_c residual_c."""
+        blocks, classes = residual, len(self.diagonal)
         for members, counts in zip(self.members[::-1], self.counts[::-1], strict=True):
             classes //= len(counts)
             blocks = tf.reshape(blocks, (classes, len(counts), -1))
             blocks = tf.matmul(_constant(members.T * counts, kernel), blocks)
-        k = self.kernel_size[1:]
-        pairs = [n for n in k for _ in range(2)]
-        blocks = tf.reshape(blocks, (len(self.atoms), *pairs, groups, g, g))
-        size = math.prod(k) * g
-        factors = tf.transpose(blocks, np.argsort(self._pairs_first()))
-        factors = tf.unstack(tf.reshape(factors, (len(self.atoms), groups, size, size)))
+        taps = self._taps(kernel)
+        first, rest, groups, g, h = taps.shape
+        count = len(self.pairs)
+        factors = tf.transpose(tf.reshape(blocks, (count, rest, rest, groups, g, g)), (0, 3, 1, 4, 2, 5))
+        factors = tf.reshape(factors, (count, groups, rest * g, rest * g))
+        taps = tf.reshape(tf.transpose(taps, (0, 2, 1, 3, 4)), (first, groups, rest * g, h))
 
-        taps, _ = self._taps(kernel)
-        parts = [[] for _ in taps]  # of the gradient with respect to each tap
-        for atom, factor in zip(self.atoms, factors, strict=True):
-            left, right = ([pair[end] for pair in atom] for end in (0, 1))
-            if left == right:  # a diagonal class is its own transpose: both products below are equal
-                factor = 2.0 * factor
-            else:
-                _scatter(tf.matmul(factor, _join(taps, left), transpose_a=True), right, parts)
-            _scatter(tf.matmul(factor, _join(taps, right)), left, parts)
-        total = tf.stack(
-            [tf.add_n(p) if p else tf.zeros_like(t) for p, t in zip(parts, taps, strict=True)], 1
+        # On the diagonal p = r, F is symmetric and both products are one.
+        left, right = self.pairs.T
+        off = np.flatnonzero(left != right)
+        products = [tf.matmul(factors, tf.gather(taps, right))]
+        if len(off):
+            products.append(tf.matmul(tf.gather(factors, off), tf.gather(taps, left[off]), transpose_a=True))
+        target = np.concatenate([left, right[off]])
+        weights = (
+            2.0
+            * (target == np.arange(first)[:, None])
+            * np.r_[np.where(left == right, 2, 1), np.ones(len(off))]
         )
-        total = 2.0 * tf.reshape(total, (groups, *self.conv.kernel_size, g, -1))
+        stacked = tf.reshape(tf.concat(products, axis=0), (len(target), -1))
+        total = tf.reshape(tf.matmul(_constant(weights, kernel), stacked), (first, groups, rest, g, h))
+        total = tf.transpose(total, (0, 2, 1, 3, 4))
         if self.side == "output":
             total = tf.linalg.matrix_transpose(total)
         return self.conv.from_groups(total, tf)
 
-    def _pairs_first(self):
-        """Permutation (atoms, groups, q…, g, s…, g) → (atoms, (q, s)…, groups, g, g)."""
-        rest = len(self.kernel_size) - 1
-        pairs = [axis for i in range(rest) for axis in (2 + i, 3 + rest + i)]
-        return [0, *pairs, 1, 2 + rest, 3 + 2 * rest]
+
+def _joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) -> np.ndarray:
+    """The members of each joint class of several axes, among all pairs of flat indices (q…, s…)."""
+    joint = np.ones((1, 1, 1), dtype=np.int64)  # (classes, q, s)
+    for axis, k in zip(axes, kernel_sizes, strict=True):
+        square = np.zeros((len(axis.counts), k, k), dtype=np.int64)
+        square[:, axis.pairs[:, 0], axis.pairs[:, 1]] = axis.members
+        joint = np.kron(joint, square)
+    return joint.reshape(len(joint), -1)
 
 
-def _atoms(classes: Coincidences):
-    """Groups the pairs that belong to the same classes; returns them and the (classes, atoms) members."""
-    members, which = np.unique(classes.members, axis=1, return_inverse=True)
-    atoms = tuple(
-        tuple((int(p), int(r)) for p, r in classes.pairs[which.ravel() == a]) for a in range(members.shape[1])
-    )
-    return atoms, members
-
-
-def _square(classes: Coincidences, kernel_size: int) -> np.ndarray:
-    """The members of each class among all kernel_size² pairs, those that never meet included."""
-    members = np.zeros((len(classes.counts), kernel_size, kernel_size), dtype=np.int64)
-    p, r = classes.pairs.T
-    members[:, p, r] = classes.members
-    return members.reshape(len(members), -1)
+def _outer(vectors: Iterable[np.ndarray]) -> np.ndarray:
+    """All products of one entry of each vector, flat."""
+    return reduce(np.kron, vectors, np.ones(1, dtype=np.int64))
 
 
 def _constant(values: np.ndarray, like: tf.Tensor) -> tf.Tensor:
     return tf.constant(values.astype(like.dtype.as_numpy_dtype))
-
-
-def _join(taps, indices):
-    """The taps side by side, so that one matrix product sums over them."""
-    return taps[indices[0]] if len(indices) == 1 else tf.concat([taps[i] for i in indices], axis=-1)
-
-
-def _scatter(joined, indices, parts):
-    """Adds each piece of a product of joined taps to the parts of its tap."""
-    for i, part in zip(indices, tf.split(joined, len(indices), axis=-1), strict=True):
-        parts[i].append(part)

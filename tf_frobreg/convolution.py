@@ -197,20 +197,21 @@ class Convolution:
         return (g, 1, h) if self.kind == "depthwise" else (self.groups, g, h // self.groups)
 
     def by_group(self, kernel, xp):
-        """The kernel as `(groups, *kernel_size, g, h)`; `xp` is the module of its arrays (tf or np)."""
+        """The kernel as `(*kernel_size, groups, g, h)`; `xp` is the module of its arrays (tf or np)."""
         groups, g, h = self.blocks
-        if groups == 1:
-            return xp.reshape(kernel, (1, *self.kernel_size, g, h))
-        # Depthwise kernels hold the group before the filter too: (…, channels, multiplier).
-        split = xp.reshape(kernel, (*self.kernel_size, g, groups, h))
+        if groups == 1 or g == 1:
+            return xp.reshape(kernel, (*self.kernel_size, groups, g, h))
         rank = len(self.kernel_size)
-        return xp.transpose(split, (rank + 1, *range(rank + 1), rank + 2))
+        split = xp.reshape(kernel, (*self.kernel_size, g, groups, h))
+        return xp.transpose(split, (*range(rank), rank + 1, rank, rank + 2))
 
     def from_groups(self, blocks, xp):
-        """Inverse of `by_group`."""
-        rank = len(self.kernel_size)
-        merged = xp.transpose(blocks, (*range(1, rank + 2), 0, rank + 2))
-        return xp.reshape(merged, self.kernel_shape)
+        """Inverse of `by_group`, whatever the shape of the spatial axes."""
+        groups, g, h = self.blocks
+        blocks = xp.reshape(blocks, (-1, groups, g, h))
+        if self.groups > 1:  # a depthwise kernel holds its groups in front of the filters already
+            blocks = xp.transpose(blocks, (0, 2, 1, 3))
+        return xp.reshape(blocks, self.kernel_shape)
 
     @property
     def shape(self) -> tuple[int, int]:

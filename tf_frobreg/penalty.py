@@ -15,6 +15,7 @@ __all__ = [
     "evaluate_gradient",
     "frobenius_gradient",
     "frobenius_penalty",
+    "penalty_excess",
     "penalty_floor",
 ]
 
@@ -129,6 +130,36 @@ def penalty_floor(
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     return _floor(Convolution(tuple(kernel_shape), input_size, **geometry), alpha)
+
+
+def penalty_excess(kernel, input_size, *, alpha: float = 1.0, **geometry: Unpack[Geometry]) -> tf.Tensor:
+    """Returns R_α(K) − `penalty_floor`, the part that a better kernel could do without.
+
+    It is computed without the floor, by the closed form, and so keeps its digits where R_α would lose them
+    in the difference: it is Σ (σ² − α)² over as many singular values as M can have.
+
+    Args:
+        kernel: As for `frobenius_penalty`.
+        input_size: As for `frobenius_penalty`.
+        alpha: As for `frobenius_penalty`.
+        **geometry: As for `frobenius_penalty`.
+
+    Returns:
+        A scalar tensor of the kernel's dtype, in units of σ⁴, at least 0.
+
+    Raises:
+        ValueError, TypeError: Where an argument is invalid; the message names it.
+
+    Example:
+        >>> import numpy as np
+        >>> kernel = np.zeros((3, 3, 3, 1), "float32")
+        >>> kernel[1, 1, 0] = 1.00001
+        >>> frobenius_penalty(kernel, 20).numpy(), f"{penalty_excess(kernel, 20).numpy():.1e}"
+        (np.float32(800.0), '1.6e-07')
+    """
+    alpha = check_number("alpha", alpha, exclusive=True)
+    kernel = as_kernel(kernel)
+    return closed_form(Convolution(tuple(kernel.shape), input_size, **geometry)).value(kernel, alpha)
 
 
 def evaluate(kernel: tf.Tensor, conv: Convolution, alpha: float, method: str) -> tf.Tensor:

@@ -126,7 +126,7 @@ def toeplitz_indices(
     pixels_in = math.prod(a.input_size for a in conv.axes)
     # (taps, groups, g, h) from here on
     flat = np.arange(math.prod(conv.kernel_shape)).reshape(conv.kernel_shape)
-    kernel_index = conv.by_group(flat, np).reshape(groups, -1, g, h).swapaxes(0, 1)[entries]
+    kernel_index = conv.by_group(flat, np).reshape(-1, groups, g, h)[entries]
     group = np.arange(groups)[:, None, None]
     ends = [
         _positions(outputs, group * h + np.arange(h), pixels_out, groups * h, layout),
