@@ -40,20 +40,31 @@ def closed_form(conv: Convolution) -> "ClosedForm":
 
     sizes = {"input": gram_size("input", g), "output": gram_size("output", h)}
     side = min(sizes, key=sizes.get)
-    first, *rest = (coincidences(a, side, half=a is axes[0]) for a in axes)
-    members = first.members, _joint_members(rest, [a.kernel_size for a in axes[1:]])
-    counts = first.counts, _outer(c.counts for c in rest)
-    if members[0].size * members[1].size <= COMBINED:
-        members, counts = (np.kron(*members),), (_outer(counts),)
-    return ClosedForm(
-        conv=conv,
-        side=side,
-        gram_size=sizes[side],
-        pairs=first.pairs,
-        members=members,
-        counts=counts,
-        diagonal=_outer(c.diagonal for c in (first, *rest)),
-    )
+    first = coincidences(axes[0], side, half=True)
+    rest = [coincidences(a, side) for a in axes[1:]]
+    parts = ()
+    if sizes[side]:  # 0 where no tap meets the image, as with dilation 2 on a single pixel
+        joint = _joint_members(rest, [a.kernel_size for a in axes[1:]])
+        joint = joint * np.sqrt(_outer(c.counts for c in rest))[:, None]
+        on_diagonal = _outer(c.diagonal for c in rest)
+        parts = tuple(_part(first, d, joint, on_diagonal) for d in (True, False) if d in first.diagonal)
+    return ClosedForm(conv, side, sizes[side], parts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """The classes on the diagonal of the first axis, or those off it: they share no pair.
+
+    Attributes:
+        pairs: `(pairs, 2)`, the pairs (p, r) of the first axis.
+        members: One or two matrices, (classes, pairs), whose Kronecker product has √(2n) where a pair, of the
+            first axis and of all others together, belongs to a class of n places, and 0 elsewhere.
+        target: √(2n) for the classes on the diagonal of all axes, 0 for others; None off the diagonal.
+    """
+
+    pairs: np.ndarray
+    members: tuple[np.ndarray, ...]
+    target: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,29 +75,22 @@ class ClosedForm:
         conv: The geometry.
         side: "input" where Gram = MᵀM, "output" where Gram = MMᵀ.
         gram_size: Number of rows of Gram; M has no larger rank, whatever the kernel.
-        pairs: `(pairs, 2)`, the pairs (p, r) of the first axis' classes, one of each transposed two.
-        members: One or two 0/1 matrices, (classes, pairs); their Kronecker product tells which pairs, of
-            the first axis and of all others together, make up which class.
-        counts: For each of them, the number of places of its classes.
-        diagonal: For each class of all axes, whether it lies on the diagonal.
+        parts: The classes; those of each transposed two on the first axis are counted once, with 2n places.
     """
 
     conv: Convolution
     side: str
     gram_size: int
-    pairs: np.ndarray
-    members: tuple[np.ndarray, ...]
-    counts: tuple[np.ndarray, ...]
-    diagonal: np.ndarray
+    parts: tuple[Part, ...]
 
     def value(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
         """‖Gram − αI‖²_F, with a gradient of its own: fewer matrix products than a tape would find."""
-        if not self.gram_size:  # no tap meets the image, as with dilation 2 on a single pixel
+        if not self.parts:
             return tf.reduce_sum(0.0 * kernel)
 
         @tf.custom_gradient
         def penalty(kernel):
-            residual = self._residual(kernel, alpha)
+            taps, residuals = self._residuals(kernel, alpha)
 
             def first_order(upstream):
                 @tf.custom_gradient
@@ -97,82 +101,79 @@ class ClosedForm:
                             _, again = self.value_and_gradient(kernel, alpha)
                         return tape.gradient(again, kernel, output_gradients=direction)
 
-                    return self._gradient(kernel, residual), second_order
+                    return self._gradient(taps, residuals), second_order
 
                 return upstream * gradient(kernel)
 
-            return self._weighted_squares(residual), first_order
+            return _half_squares(residuals), first_order
 
         return penalty(kernel)
 
     def value_and_gradient(self, kernel: tf.Tensor, alpha: float) -> tuple[tf.Tensor, tf.Tensor]:
         """‖Gram − αI‖²_F and its derivative in the kernel."""
-        if not self.gram_size:
+        if not self.parts:
             return tf.zeros((), kernel.dtype), tf.zeros_like(kernel)
-        residual = self._residual(kernel, alpha)
-        return self._weighted_squares(residual), self._gradient(kernel, residual)
+        taps, residuals = self._residuals(kernel, alpha)
+        return _half_squares(residuals), self._gradient(taps, residuals)
 
-    def _taps(self, kernel):
-        """The kernel as (first axis, other axes, groups, g, h), with g and h swapped for MMᵀ."""
+    def _residuals(self, kernel, alpha):
+        """The taps K[p] and K[r] of each part's pairs, (pairs, other axes, groups, g, h), and its residual.
+
+        The residual is √(2n)·(Gram − αI), as one block per class: (classes, groups, g, g).
+        """
         blocks = self.conv.by_group(kernel, tf)
         if self.side == "output":
             blocks = tf.linalg.matrix_transpose(blocks)
-        first = self.conv.kernel_size[0] if self.conv.kernel_size else 1
-        return tf.reshape(blocks, (first, -1, *blocks.shape[-3:]))
+        blocks = tf.reshape(blocks, (self._first_size(), -1, *blocks.shape[-3:]))
+        taps, residuals = [], []
+        for part in self.parts:
+            left, right = (_rows(blocks, ends) for ends in part.pairs.T)
+            products = tf.matmul(left[:, :, None], right[:, None], transpose_b=True)
+            residual = _contract(part.members, products)
+            residual = tf.reshape(residual, (-1, *products.shape[-3:]))
+            if part.target is not None:
+                target = alpha * _constant(part.target[:, None, None], kernel)
+                residual = tf.linalg.set_diag(residual, tf.linalg.diag_part(residual) - target)
+            taps.append((left, right))
+            residuals.append(residual)
+        return taps, residuals
 
-    def _residual(self, kernel, alpha):
-        """Gram − αI, as one block per class: (classes, groups, g, g)."""
-        taps = self._taps(kernel)
-        left, right = (tf.gather(taps, ends) for ends in self.pairs.T)
-        # K[p, q] K[r, s]ᵀ: (pairs of the first axis, q, s, groups, g, g)
-        blocks = tf.matmul(left[:, :, None], right[:, None], transpose_b=True)
-        block_shape = blocks.shape[-3:]
-        classes = 1
-        for members in self.members:
-            blocks = tf.reshape(blocks, (classes, members.shape[1], -1))
-            blocks = tf.matmul(_constant(members, kernel), blocks)
-            classes *= members.shape[0]
-        blocks = tf.reshape(blocks, (classes, *block_shape))
-        shift = alpha * _constant(self.diagonal[:, None, None], kernel)
-        return tf.linalg.set_diag(blocks, tf.linalg.diag_part(blocks) - shift)
-
-    def _weighted_squares(self, residual):
-        """Σ n_c ‖residual_c‖²_F."""
-        rows = tf.reshape(residual, (len(self.diagonal), -1))
-        return tf.reduce_sum(_constant(_outer(self.counts), residual) * tf.reduce_sum(rows**2, axis=1))
-
-    def _gradient(self, kernel, residual):
-        """2 Σ F K[r, s] at (p, q) plus 2 Σ Fᵀ K[p, q] at (r, s), F[(p, q), (r, s)] = Σ n_c residual_c."""
-        blocks, classes = residual, len(self.diagonal)
-        for members, counts in zip(self.members[::-1], self.counts[::-1], strict=True):
-            classes //= len(counts)
-            blocks = tf.reshape(blocks, (classes, len(counts), -1))
-            blocks = tf.matmul(_constant(members.T * counts, kernel), blocks)
-        taps = self._taps(kernel)
-        first, rest, groups, g, h = taps.shape
-        count = len(self.pairs)
-        factors = tf.transpose(tf.reshape(blocks, (count, rest, rest, groups, g, g)), (0, 3, 1, 4, 2, 5))
-        factors = tf.reshape(factors, (count, groups, rest * g, rest * g))
-        taps = tf.reshape(tf.transpose(taps, (0, 2, 1, 3, 4)), (first, groups, rest * g, h))
-
-        # On the diagonal p = r, F is symmetric and both products are one.
-        left, right = self.pairs.T
-        off = np.flatnonzero(left != right)
-        products = [tf.matmul(factors, tf.gather(taps, right))]
-        if len(off):
-            products.append(tf.matmul(tf.gather(factors, off), tf.gather(taps, left[off]), transpose_a=True))
-        target = np.concatenate([left, right[off]])
-        weights = (
-            2.0
-            * (target == np.arange(first)[:, None])
-            * np.r_[np.where(left == right, 2, 1), np.ones(len(off))]
-        )
-        stacked = tf.reshape(tf.concat(products, axis=0), (len(target), -1))
-        total = tf.reshape(tf.matmul(_constant(weights, kernel), stacked), (first, groups, rest, g, h))
-        total = tf.transpose(total, (0, 2, 1, 3, 4))
+    def _gradient(self, taps, residuals):
+        """∂/∂K of `_half_squares`: F K[r] at p, Fᵀ K[p] at r, with F all weighted blocks of a pair (p, r)."""
+        products, targets, weights = [], [], []
+        for part, (left, right), residual in zip(self.parts, taps, residuals, strict=True):
+            count, rest, groups, g, h = left.shape
+            factors = _contract([m.T for m in part.members], residual)
+            factors = tf.reshape(factors, (count, rest, rest, groups, g, g))
+            products.append(_multiply(tf.transpose(factors, (0, 3, 1, 4, 2, 5)), right))
+            targets.append(part.pairs[:, 0])
+            if part.target is None:
+                products.append(_multiply(tf.transpose(factors, (0, 3, 2, 5, 1, 4)), left))
+                targets.append(part.pairs[:, 1])
+                weights += [1.0, 1.0] * count
+            else:  # pairs come in both orders or have p = r: both products are the same in the sum
+                weights += [2.0] * count
+        first = self._first_size()
+        sums = (np.concatenate(targets) == np.arange(first)[:, None]) * np.array(weights)
+        stacked = tf.concat(products, axis=0)
+        total = tf.matmul(_constant(sums, stacked), tf.reshape(stacked, (len(weights), -1)))
+        total = tf.transpose(tf.reshape(total, (first, groups, rest, g, h)), (0, 2, 1, 3, 4))
         if self.side == "output":
             total = tf.linalg.matrix_transpose(total)
         return self.conv.from_groups(total, tf)
+
+    def _first_size(self):
+        return self.conv.kernel_size[0] if self.conv.kernel_size else 1
+
+
+def _part(first: Coincidences, diagonal: bool, joint: np.ndarray, on_diagonal: np.ndarray) -> Part:
+    """The part on or off the diagonal, from the first axis and the weighted members of all others."""
+    chosen = first.diagonal == diagonal
+    pairs = first.members[chosen].any(axis=0)
+    members = first.members[chosen][:, pairs] * np.sqrt(2 * first.counts[chosen])[:, None]
+    target = np.kron(members.max(axis=1), joint.max(axis=1) * on_diagonal) if diagonal else None
+    combine = members.size * joint.size <= COMBINED
+    return Part(first.pairs[pairs], (np.kron(members, joint),) if combine else (members, joint), target)
 
 
 def _joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) -> np.ndarray:
@@ -188,6 +189,35 @@ def _joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) ->
 def _outer(vectors: Iterable[np.ndarray]) -> np.ndarray:
     """All products of one entry of each vector, flat."""
     return reduce(np.kron, vectors, np.ones(1, dtype=np.int64))
+
+
+def _half_squares(residuals: Sequence[tf.Tensor]) -> tf.Tensor:
+    """½ Σ residual², a sum of squares and so never negative."""
+    return tf.add_n([tf.nn.l2_loss(residual) for residual in residuals])
+
+
+def _contract(matrices: Sequence[np.ndarray], blocks: tf.Tensor) -> tf.Tensor:
+    """The Kronecker product of one or two matrices, applied to the leading axes of `blocks`."""
+    for number, matrix in enumerate(matrices):
+        done = math.prod(m.shape[0] for m in matrices[:number])
+        blocks = tf.reshape(blocks, (done, matrix.shape[1], -1) if number else (matrix.shape[1], -1))
+        blocks = tf.matmul(_constant(matrix, blocks), blocks)
+    return blocks
+
+
+def _multiply(factors: tf.Tensor, taps: tf.Tensor) -> tf.Tensor:
+    """Factors (pairs, groups, q, g, s, g) times taps (pairs, s, groups, g, h): (pairs, groups, q·g, h)."""
+    count, groups, rest, g = factors.shape[:4]
+    taps = tf.reshape(tf.transpose(taps, (0, 2, 1, 3, 4)), (count, groups, rest * g, -1))
+    return tf.matmul(tf.reshape(factors, (count, groups, rest * g, rest * g)), taps)
+
+
+def _rows(blocks: tf.Tensor, indices: np.ndarray) -> tf.Tensor:
+    """The blocks at the indices; a slice, which copies nothing, where they follow each other."""
+    start, stop = int(indices[0]), int(indices[0]) + len(indices)
+    return (
+        blocks[start:stop] if np.array_equal(indices, np.arange(start, stop)) else tf.gather(blocks, indices)
+    )
 
 
 def _constant(values: np.ndarray, like: tf.Tensor) -> tf.Tensor:

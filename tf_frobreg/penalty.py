@@ -54,9 +54,9 @@ def frobenius_penalty(
         >>> kernel[1, 1] = 1.0
         >>> frobenius_penalty(kernel, 20).numpy()
         np.float64(0.0)
-        >>> frobenius_penalty(2 * kernel, 20).numpy()  # Σ (2² − 1)² over 400 columns
+        >>> frobenius_penalty(2 * kernel, 20).numpy().round(9)  # Σ (2² − 1)² over 400 columns
         np.float64(3600.0)
-        >>> frobenius_penalty(np.zeros((3, 3, 3, 1)), 20).numpy(), penalty_floor((3, 3, 3, 1), 20)
+        >>> frobenius_penalty(np.zeros((3, 3, 3, 1)), 20).numpy().round(9), penalty_floor((3, 3, 3, 1), 20)
         (np.float64(1200.0), 800.0)
     """
     alpha = check_number("alpha", alpha, exclusive=True)
@@ -93,7 +93,7 @@ def frobenius_gradient(
         >>> import numpy as np
         >>> kernel = np.zeros((3, 3, 1, 1))
         >>> kernel[1, 1] = 2.0
-        >>> frobenius_gradient(kernel, 20).numpy()[1, 1]
+        >>> frobenius_gradient(kernel, 20).numpy()[1, 1].round(9)
         array([[9600.]])
     """
     alpha = check_number("alpha", alpha, exclusive=True)
