@@ -140,24 +140,23 @@ class ClosedForm:
 
     def _gradient(self, taps, residuals):
         """∂/∂K of `_half_squares`: F K[r] at p, Fᵀ K[p] at r, with F all weighted blocks of a pair (p, r)."""
-        products, targets, weights = [], [], []
+        addends = [[] for _ in range(self._first_size())]
         for part, (left, right), residual in zip(self.parts, taps, residuals, strict=True):
             count, rest, groups, g, h = left.shape
-            factors = _contract([m.T for m in part.members], residual)
+            # On the diagonal pairs come in both orders or have p = r: both products are the same in the sum.
+            scale = 1.0 if part.target is None else 2.0
+            factors = _contract([scale * part.members[0].T, *(m.T for m in part.members[1:])], residual)
             factors = tf.reshape(factors, (count, rest, rest, groups, g, g))
-            products.append(_multiply(tf.transpose(factors, (0, 3, 1, 4, 2, 5)), right))
-            targets.append(part.pairs[:, 0])
+            ends = [(part.pairs[:, 0], (0, 3, 1, 4, 2, 5), right)]
             if part.target is None:
-                products.append(_multiply(tf.transpose(factors, (0, 3, 2, 5, 1, 4)), left))
-                targets.append(part.pairs[:, 1])
-                weights += [1.0, 1.0] * count
-            else:  # pairs come in both orders or have p = r: both products are the same in the sum
-                weights += [2.0] * count
-        first = self._first_size()
-        sums = (np.concatenate(targets) == np.arange(first)[:, None]) * np.array(weights)
-        stacked = tf.concat(products, axis=0)
-        total = tf.matmul(_constant(sums, stacked), tf.reshape(stacked, (len(weights), -1)))
-        total = tf.transpose(tf.reshape(total, (first, groups, rest, g, h)), (0, 2, 1, 3, 4))
+                ends.append((part.pairs[:, 1], (0, 3, 2, 5, 1, 4), left))
+            for indices, order, other in ends:
+                products = tf.unstack(_multiply(tf.transpose(factors, order), other))
+                for index, product in zip(indices, products, strict=True):
+                    addends[index].append(product)
+        unused = tf.zeros((groups, rest * g, h), residual.dtype)  # taps that never meet the image
+        total = tf.stack([tf.add_n(products) if products else unused for products in addends])
+        total = tf.transpose(tf.reshape(total, (len(addends), groups, rest, g, h)), (0, 2, 1, 3, 4))
         if self.side == "output":
             total = tf.linalg.matrix_transpose(total)
         return self.conv.from_groups(total, tf)
