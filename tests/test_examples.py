@@ -104,3 +104,16 @@ def test_notebook_runs_and_prints_what_it_holds(path, tmp_path):
 def printed_by(cell):
     outputs = cell.get("outputs", [])
     return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+
+
+def test_benchmark_prints_its_tables():
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "benchmarks" / "closed_form.py"),
+        "--quick",
+        "--largest",
+        "64",
+    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "3×3×16×16" in printed
+    assert "512×512" in printed

@@ -136,6 +136,7 @@ def main():
     )
     parser.add_argument("--seconds", type=float, default=20, help="per row (default: 20)")
     parser.add_argument("--quick", action="store_true", help="one repeat of each, to see it run")
+    parser.add_argument("--largest", type=int, default=512, help="leave out more channels (default: 512)")
     parser.add_argument("--peak-memory", type=int, nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_memory:
@@ -161,6 +162,8 @@ def main():
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for size, k, g, h in CASES:
+        if max(g, h) > options.largest:
+            continue
         kernel = random_kernel(k, g, h)
         closed = with_gradient(lambda x, size=size: frobenius_penalty(x, size))
         calls = {
