@@ -5,8 +5,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tf_frobreg.checks import check_number
 from tf_frobreg.coincidence import _enumerate_classes, coincidences
-from tf_frobreg.convolution import Axis, Convolution, check_number
+from tf_frobreg.convolution import Axis, Convolution
 
 
 @given(

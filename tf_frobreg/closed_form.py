@@ -17,6 +17,7 @@ from functools import lru_cache, reduce
 import numpy as np
 import tensorflow as tf
 
+from tf_frobreg.checks import check_memory
 from tf_frobreg.coincidence import Coincidences, coincidences
 from tf_frobreg.convolution import Axis, Convolution
 
@@ -48,6 +49,13 @@ def closed_form(conv: Convolution) -> "ClosedForm":
         joint = joint * np.sqrt(_outer(c.counts for c in rest))[:, None]
         on_diagonal = _outer(c.diagonal for c in rest)
         parts = tuple(_part(first, d, joint, on_diagonal) for d in (True, False) if d in first.diagonal)
+    channels, pixels = (g if side == "input" else h), math.prod(a.kernel_size for a in axes[1:])
+    blocks = sum(len(part.pairs) for part in parts) * pixels**2 * groups
+    check_memory(
+        4 * 8 * blocks * channels**2,
+        f"the closed form of a kernel of shape {conv.kernel_shape} has {blocks:,} blocks of {channels}²",
+        "a smaller kernel",
+    )
     return ClosedForm(conv, side, sizes[side], parts)
 
 

@@ -6,14 +6,15 @@ spatial axis that are listed here.
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-__all__ = ["Axis", "Convolution", "Geometry", "Taps", "check_geometry", "check_integer", "check_number"]
+from tf_frobreg.checks import check_integer
+
+__all__ = ["Axis", "Convolution", "Geometry", "Taps", "check_geometry"]
 
 PADDINGS = ("same", "valid", "circular")
 KINDS = ("conv", "depthwise", "transpose")
@@ -241,34 +242,6 @@ def check_geometry(**arguments) -> dict[str, Any]:
         return value if isinstance(value, str) else int(value)
 
     return {name: plain(value) for name, value in arguments.items()}
-
-
-def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False) -> float:
-    """Returns `value` as a plain float, or raises naming the argument."""
-    wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
-    # NumPy booleans are not bools, and Python's are ints: neither is meant as a number here.
-    try:
-        if isinstance(value, (bool, np.bool_, str, bytes)):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number {wanted}. Received: {name}={value!r}") from None
-    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
-        raise ValueError(f"{name} must be a finite number {wanted}. Received: {name}={value!r}")
-    return number
-
-
-def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
-    """Returns `value` as a plain int, or raises naming the argument."""
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer. Received: {name}={value!r}") from None
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}. Received: {name}={value!r}")
-    return number
 
 
 def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:

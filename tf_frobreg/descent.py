@@ -9,10 +9,10 @@ from typing import Unpack
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.convolution import Convolution, Geometry, check_integer, check_number
+from tf_frobreg.checks import as_kernel, check_integer, check_number
+from tf_frobreg.convolution import Convolution, Geometry
 from tf_frobreg.penalty import check_method, evaluate, evaluate_gradient
 from tf_frobreg.spectrum import extreme_singular_values
-from tf_frobreg.toeplitz import as_kernel
 
 __all__ = ["DescentResult", "StopReason", "paper_schedule", "regularize_kernel"]
 

@@ -5,9 +5,10 @@ from typing import Unpack
 
 import tensorflow as tf
 
+from tf_frobreg.checks import as_kernel, check_memory, check_number
 from tf_frobreg.closed_form import closed_form
-from tf_frobreg.convolution import Convolution, Geometry, check_number
-from tf_frobreg.toeplitz import as_kernel, check_memory, toeplitz_indices, transformation_matrix
+from tf_frobreg.convolution import Convolution, Geometry
+from tf_frobreg.toeplitz import toeplitz_indices, transformation_matrix
 
 __all__ = [
     "check_method",

@@ -2,9 +2,9 @@
 
 import tensorflow as tf
 
-from tf_frobreg.convolution import Convolution, check_geometry, check_number
+from tf_frobreg.checks import as_kernel, check_number
+from tf_frobreg.convolution import Convolution, check_geometry
 from tf_frobreg.penalty import check_method, evaluate
-from tf_frobreg.toeplitz import as_kernel
 
 __all__ = ["FrobeniusRegularizer"]
 

@@ -8,8 +8,9 @@ import scipy.linalg
 import scipy.sparse
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from tf_frobreg.convolution import Geometry, check_number
-from tf_frobreg.toeplitz import as_kernel, check_memory, toeplitz_indices
+from tf_frobreg.checks import as_kernel, check_memory, check_number
+from tf_frobreg.convolution import Geometry
+from tf_frobreg.toeplitz import toeplitz_indices
 
 __all__ = ["ExtremeSingularValues", "extreme_singular_values", "singular_values"]
 

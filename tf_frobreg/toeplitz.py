@@ -1,16 +1,16 @@
 """The explicit transformation matrix M, a sparse tensor built from its Toeplitz indices."""
 
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple, Unpack
 
 import numpy as np
 import tensorflow as tf
 
+from tf_frobreg.checks import as_kernel, check_memory
 from tf_frobreg.convolution import Convolution, Geometry, Taps
 
-__all__ = ["ToeplitzIndices", "as_kernel", "index_set", "toeplitz_indices", "transformation_matrix"]
+__all__ = ["ToeplitzIndices", "index_set", "toeplitz_indices", "transformation_matrix"]
 
 LAYOUTS = ("channels_last", "paper")
 # Peak bytes per entry while the index is built and sorted: measured 75, see the memory test.
@@ -176,44 +176,6 @@ def index_set(
             f"entry must be an index into a kernel of shape {shape}. Received: entry={entry!r}"
         ) from None
     return index.positions[index.kernel_index == flat]
-
-
-def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
-    """Returns `kernel` as a tensor, or raises if it is not of (finite) floats."""
-    try:
-        tensor = tf.convert_to_tensor(kernel)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"kernel must be an array of real numbers. Received: {kernel!r:.80}") from error
-    if tensor.dtype not in (tf.float32, tf.float64):
-        raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={tensor.dtype.name}")
-    if check_finite and tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():
-        raise ValueError(
-            f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tensor.shape}"
-        )
-    return tensor
-
-
-def check_memory(needed: int, what: str, instead: str) -> None:
-    """Raises ValueError if `needed` bytes are more than this machine has free now."""
-    free = _free_memory()
-    if needed > free:
-        raise ValueError(
-            f"{what}: building it needs {needed:,} bytes, {free:,} are free. Use {instead}, instead."
-        )
-
-
-def _free_memory() -> int:
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (
-        OSError,
-        StopIteration,
-    ):  # not Linux: half of what is installed, or of 8 GiB
-        installed = 8 << 30
-        if hasattr(os, "sysconf"):
-            installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return installed // 2
 
 
 def _spatial_taps(conv: Convolution) -> Taps:

@@ -1,0 +1,77 @@
+"""What arguments have to be, and the errors that name the one that is not."""
+
+import math
+import operator
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["as_kernel", "check_integer", "check_memory", "check_number"]
+
+
+def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False) -> float:
+    """Returns `value` as a plain float, or raises naming the argument."""
+    wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
+    # NumPy booleans are not bools, and Python's are ints: neither is meant as a number here.
+    try:
+        if isinstance(value, (bool, np.bool_, str, bytes)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number {wanted}. Received: {name}={value!r}") from None
+    if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
+        raise ValueError(f"{name} must be a finite number {wanted}. Received: {name}={value!r}")
+    return number
+
+
+def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
+    """Returns `value` as a plain int, or raises naming the argument."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer. Received: {name}={value!r}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}. Received: {name}={value!r}")
+    return number
+
+
+def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
+    """Returns `kernel` as a tensor, or raises if it is not of (finite) floats."""
+    try:
+        tensor = tf.convert_to_tensor(kernel)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"kernel must be an array of real numbers. Received: {kernel!r:.80}") from error
+    if tensor.dtype not in (tf.float32, tf.float64):
+        raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={tensor.dtype.name}")
+    if check_finite and tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():
+        raise ValueError(
+            f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tensor.shape}"
+        )
+    return tensor
+
+
+def check_memory(needed: int, what: str, instead: str) -> None:
+    """Raises ValueError if `needed` bytes are more than this machine has free now."""
+    free = _free_memory()
+    if needed > free:
+        raise ValueError(
+            f"{what}: building it needs {needed:,} bytes, {free:,} are free. Use {instead}, instead."
+        )
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (
+        OSError,
+        StopIteration,
+    ):  # not Linux: half of what is installed, or of 8 GiB
+        installed = 8 << 30
+        if hasattr(os, "sysconf"):
+            installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return installed // 2
