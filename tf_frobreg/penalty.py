@@ -53,12 +53,12 @@ def frobenius_penalty(
         >>> import numpy as np
         >>> kernel = np.zeros((3, 3, 1, 1))
         >>> kernel[1, 1] = 1.0
-        >>> frobenius_penalty(kernel, 20).numpy()
-        np.float64(0.0)
-        >>> frobenius_penalty(2 * kernel, 20).numpy().round(9)  # Σ (2² − 1)² over 400 columns
-        np.float64(3600.0)
-        >>> frobenius_penalty(np.zeros((3, 3, 3, 1)), 20).numpy().round(9), penalty_floor((3, 3, 3, 1), 20)
-        (np.float64(1200.0), 800.0)
+        >>> print(frobenius_penalty(kernel, 20).numpy())
+        0.0
+        >>> print(frobenius_penalty(2 * kernel, 20).numpy().round(9))  # Σ (2² − 1)² over 400 columns
+        3600.0
+        >>> print(frobenius_penalty(np.zeros((3, 3, 3, 1)), 20).numpy().round(9), penalty_floor((3, 3, 3, 1), 20))
+        1200.0 800.0
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     kernel = as_kernel(kernel)
@@ -155,8 +155,8 @@ def penalty_excess(kernel, input_size, *, alpha: float = 1.0, **geometry: Unpack
         >>> import numpy as np
         >>> kernel = np.zeros((3, 3, 3, 1), "float32")
         >>> kernel[1, 1, 0] = 1.00001
-        >>> frobenius_penalty(kernel, 20).numpy(), f"{penalty_excess(kernel, 20).numpy():.1e}"
-        (np.float32(800.0), '1.6e-07')
+        >>> print(frobenius_penalty(kernel, 20).numpy(), f"{penalty_excess(kernel, 20).numpy():.1e}")
+        800.0 1.6e-07
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     kernel = as_kernel(kernel)
