@@ -22,6 +22,7 @@ def test_classes_of_a_long_axis_follow_from_short_ones(n, k, stride, dilation, p
     assume(stride == 1 or dilation == 1)
     axis = Axis(n, k, stride, dilation, padding)
     assume(padding != "valid" or n >= axis.span)
+    assert axis.num_taps == len(axis.taps.entries)
     expected = _enumerate_classes(axis, side)
     found = coincidences(axis, side)
     classes = {
@@ -45,6 +46,8 @@ def test_a_3_tap_same_axis_has_seven_classes():
         ({"kernel_shape": (3,)}, r"kernel must have rank 4.*Received: kernel.shape=\(3,\)"),
         ({"kernel_shape": (3, 3, 3, 3, 3, 3)}, "kernel must have rank 4"),
         ({"kernel_shape": (3, 3, 0, 1)}, "kernel must have a known shape and must not be empty"),
+        ({"kernel_shape": 3}, "kernel_shape must be a shape. Received: kernel_shape=3"),
+        ({"kernel_shape": (3, 3, "1", 1)}, "kernel_shape must be an integer. Received: kernel_shape='1'"),
         ({"kernel_shape": (2, 4)}, "input_size must be .. for a Dense kernel; a LoRA"),
         ({"input_size": 0}, "input_size must be at least 1. Received: input_size=0"),
         ({"input_size": (8, -1)}, "input_size must be at least 1. Received: input_size=-1"),

@@ -164,6 +164,16 @@ def test_learning_rate_may_be_a_keras_schedule():
     np.testing.assert_allclose(rates[:20], 1e-4 * 0.5 ** (np.arange(20) / 10), rtol=1e-5)
 
 
+def test_without_room_for_m_only_the_tolerance_is_refused():
+    kernel = normal(3, 3, 8, 8)
+    with pytest.raises(ValueError, match="tolerance needs σ, which cannot be measured .*Use tolerance=0"):
+        regularize_kernel(kernel, 10**5, max_steps=2)
+    result = regularize_kernel(kernel, 10**5, max_steps=2, tolerance=0.0, learning_rate=1e-14)
+    assert result.num_steps == 2
+    assert (np.diff(result.history["penalty"]) < 0).all()
+    assert np.isnan(result.history["sigma_max"]).all()
+
+
 def test_no_step_at_all():
     result = regularize_kernel(normal(3, 3, 1, 2), 6, max_steps=0)
     assert (result.reason, result.num_steps) == (StopReason.MAX_STEPS, 0)

@@ -72,6 +72,22 @@ class Axis:
         total = max((self.output_size - 1) * self.stride + self.span - self.input_size, 0)
         return total // 2
 
+    @property
+    def num_taps(self) -> int:
+        """Length of `taps`, without making them."""
+        if self.padding == "circular":
+            return self.output_size * self.kernel_size
+        offsets = (p * self.dilation - self.pad for p in range(self.kernel_size))
+        # Outputs o with 0 ≤ o·stride + offset < input_size, for each kernel entry.
+        return sum(
+            max(
+                min(self.output_size, -((offset - self.input_size) // self.stride))
+                - max(0, -(offset // self.stride)),
+                0,
+            )
+            for offset in offsets
+        )
+
     @cached_property
     def taps(self) -> Taps:
         """All (output, input, entry) triples with input = output·stride + entry·dilation − pad."""
@@ -113,14 +129,21 @@ class Convolution:
     kind: str = "conv"
 
     def __post_init__(self):
-        shape = tuple(self.kernel_shape)
+        try:
+            shape = tuple(self.kernel_shape)
+        except TypeError:
+            raise TypeError(
+                f"kernel_shape must be a shape. Received: kernel_shape={self.kernel_shape!r}"
+            ) from None
         if len(shape) not in LAYERS:
             raise ValueError(
                 "kernel must have rank 4, (kh, kw, in_channels, filters), or that of another layer: 3 for "
                 f"Conv1D, 5 for Conv3D, 2 for Dense. Received: kernel.shape={shape}"
             )
         if None in shape or 0 in shape:
-            raise ValueError(f"kernel must have a known shape and must not be empty. Received: {shape=}")
+            raise ValueError(
+                f"kernel must have a known shape and must not be empty. Received: kernel.shape={shape}"
+            )
         if self.padding not in PADDINGS:
             raise ValueError(f"padding must be one of {PADDINGS}. Received: padding={self.padding!r}")
         if self.kind not in KINDS:
@@ -129,7 +152,7 @@ class Convolution:
         if rank == 0 and self.kind != "conv":
             raise ValueError(f"kind={self.kind!r} needs a spatial axis. Received: kernel.shape={shape}")
         set_ = object.__setattr__  # the class is frozen to be hashable; this normalises once, at birth
-        set_(self, "kernel_shape", tuple(int(n) for n in shape))
+        set_(self, "kernel_shape", tuple(check_integer("kernel_shape", n) for n in shape))
         for name in ("input_size", "strides", "dilation_rate"):
             set_(self, name, _per_axis(name, getattr(self, name), rank))
         set_(self, "groups", check_integer("groups", self.groups))

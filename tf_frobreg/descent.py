@@ -12,7 +12,7 @@ import tensorflow as tf
 from tf_frobreg.checks import as_kernel, check_integer, check_number
 from tf_frobreg.convolution import Convolution, Geometry
 from tf_frobreg.penalty import check_method, evaluate, evaluate_gradient
-from tf_frobreg.spectrum import extreme_singular_values
+from tf_frobreg.spectrum import extremes_of
 
 __all__ = ["DescentResult", "StopReason", "paper_schedule", "regularize_kernel"]
 
@@ -95,7 +95,7 @@ def regularize_kernel(
         max_steps: Steps to take at the most.
         tolerance: Stop where max(|σmax − √α|, |σmin − √α|), equation (1.1), is no larger; 0 never does.
             σ is measured at each of the first 40 steps, then
-            at round intervals of at most a twentieth of the steps so far.
+            at round intervals of at most a twentieth of the steps so far. It needs the memory of M (sparse).
         gradient_tolerance: Stop where ‖∂R_α/∂K‖_F is no larger; 0 never does.
         gradient: Where G comes from: "theorem" (the formula of `frobenius_gradient`) or "tape"
             (`tf.GradientTape` through `frobenius_penalty`).
@@ -132,10 +132,10 @@ def regularize_kernel(
     conv = Convolution(tuple(kernel.shape), input_size, **geometry)
     function = _penalty_and_gradient(conv, alpha, check_method(method), gradient)
 
-    def distance(kernel, row):  # (1.1)
-        row["sigma_max"], row["sigma_min"] = extreme_singular_values(
-            kernel, conv.input_size, accuracy=min(1e-6, 1e-3 * max(tolerance, 1e-9)), **conv.geometry
-        )
+    extremes = _measure(conv, tolerance)
+
+    def distance(kernel, row):  # (1.1); NaN where it cannot be measured
+        row["sigma_max"], row["sigma_min"] = extremes(kernel.numpy())
         return max(abs(row["sigma_max"] - alpha**0.5), abs(row["sigma_min"] - alpha**0.5))
 
     rows, reason, measured_next, previous = [], None, 0, kernel
@@ -168,6 +168,28 @@ def regularize_kernel(
         distance(kernel, reached)
     history = {column: np.array([row[column] for row in rows]) for column in COLUMNS}
     return DescentResult(kernel.numpy(), reached["penalty"], int(reached["step"]), reason, history)
+
+
+def _measure(conv: Convolution, tolerance: float) -> Callable[[np.ndarray], tuple[float, float]]:
+    """A function that returns (σmax, σmin) of a kernel, or NaN where they cannot be had, without raising."""
+    accuracy = min(1e-6, 1e-3 * max(tolerance, 1e-9))
+    try:
+        extremes = extremes_of(conv.kernel_shape, conv.input_size, accuracy=accuracy, **conv.geometry)
+    except ValueError as error:
+        if tolerance == 0:
+            return lambda kernel: (np.nan, np.nan)
+        raise ValueError(
+            f"tolerance needs σ, which cannot be measured ({error}) Use tolerance=0, and gradient_tolerance "
+            f"to stop. Received: tolerance={tolerance}"
+        ) from None
+
+    def measure(kernel):
+        try:
+            return extremes(kernel)
+        except ValueError:  # a descent is not to end because one σmin is too hard for the memory at hand
+            return np.nan, np.nan
+
+    return measure
 
 
 def _interval(step: int) -> int:

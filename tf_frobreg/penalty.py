@@ -130,7 +130,7 @@ def penalty_floor(
         (800.0, 1200.0, 0.0)
     """
     alpha = check_number("alpha", alpha, exclusive=True)
-    return _floor(Convolution(tuple(kernel_shape), input_size, **geometry), alpha)
+    return _floor(Convolution(kernel_shape, input_size, **geometry), alpha)
 
 
 def penalty_excess(kernel, input_size, *, alpha: float = 1.0, **geometry: Unpack[Geometry]) -> tf.Tensor:

@@ -1,6 +1,8 @@
 """Singular values of the transformation matrix M."""
 
 import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Unpack
 
 import numpy as np
@@ -10,9 +12,9 @@ from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from tf_frobreg.checks import as_kernel, check_memory, check_number
 from tf_frobreg.convolution import Geometry
-from tf_frobreg.toeplitz import toeplitz_indices
+from tf_frobreg.toeplitz import ToeplitzIndices, toeplitz_indices
 
-__all__ = ["ExtremeSingularValues", "extreme_singular_values", "singular_values"]
+__all__ = ["ExtremeSingularValues", "extreme_singular_values", "extremes_of", "singular_values"]
 
 SMALL = 200  # rows of a Gram matrix up to which LAPACK beats ARPACK (measured: about equal at 150)
 
@@ -54,9 +56,10 @@ def singular_values(kernel, input_size, **geometry: Unpack[Geometry]) -> np.ndar
         >>> print(singular_values(np.roll(kernel, 1, axis=1), (1, 4)))
         [1. 1. 1. 0.]
     """
-    matrix = _sparse_matrix(kernel, input_size, geometry)
-    _check_dense(matrix.shape, 3 * matrix.shape[0] * matrix.shape[1])
-    return scipy.linalg.svdvals(matrix.toarray(), overwrite_a=True)
+    kernel = as_kernel(kernel).numpy()
+    index = toeplitz_indices(kernel.shape, input_size, **geometry)
+    _check_dense(index.dense_shape, 3 * math.prod(index.dense_shape))
+    return scipy.linalg.svdvals(_sparse_matrix(kernel, index).toarray(), overwrite_a=True)
 
 
 def extreme_singular_values(
@@ -86,16 +89,29 @@ def extreme_singular_values(
         >>> print(f"{extremes.sigma_max:.3f} {extremes.sigma_min:.3f}")
         10.945 1.524
     """
+    kernel = as_kernel(kernel).numpy()
+    return extremes_of(kernel.shape, input_size, accuracy=accuracy, **geometry)(kernel)
+
+
+def extremes_of(
+    kernel_shape: Sequence[int], input_size, *, accuracy: float, **geometry: Unpack[Geometry]
+) -> Callable[[np.ndarray], ExtremeSingularValues]:
+    """Returns `extreme_singular_values` as a function of the kernel alone, its index of M made once."""
     accuracy = check_number("accuracy", accuracy, exclusive=True)
-    matrix = _sparse_matrix(kernel, input_size, geometry)
-    if matrix.shape[0] < matrix.shape[1]:
-        matrix = matrix.T
-    gram = (matrix.T @ matrix).tocsr()
-    eigenvalues = _lanczos_ends(gram, accuracy) if gram.shape[0] > SMALL else None
-    if eigenvalues is None:
-        _check_dense(gram.shape, 3 * gram.shape[0] ** 2)
-        eigenvalues = scipy.linalg.eigvalsh(gram.toarray(), overwrite_a=True)
-    return ExtremeSingularValues(*(float(np.sqrt(max(eigenvalues[i], 0.0))) for i in (-1, 0)))
+    index = toeplitz_indices(kernel_shape, input_size, **geometry)
+
+    def extremes(kernel):
+        matrix = _sparse_matrix(kernel, index)
+        if matrix.shape[0] < matrix.shape[1]:
+            matrix = matrix.T
+        gram = (matrix.T @ matrix).tocsr()
+        eigenvalues = _lanczos_ends(gram, accuracy) if gram.shape[0] > SMALL else None
+        if eigenvalues is None:
+            _check_dense(gram.shape, 3 * gram.shape[0] ** 2)
+            eigenvalues = scipy.linalg.eigvalsh(gram.toarray(), overwrite_a=True)
+        return ExtremeSingularValues(*(float(np.sqrt(max(eigenvalues[i], 0.0))) for i in (-1, 0)))
+
+    return extremes
 
 
 def _lanczos_ends(gram, accuracy):
@@ -118,11 +134,12 @@ def _lanczos_ends(gram, accuracy):
     return np.sort(ends) if next(products) > size + 2 else None
 
 
-def _sparse_matrix(kernel, input_size, geometry):
-    kernel = as_kernel(kernel).numpy().astype(np.float64)
-    index = toeplitz_indices(kernel.shape, input_size, **geometry)
+def _sparse_matrix(kernel: np.ndarray, index: ToeplitzIndices) -> scipy.sparse.csr_array:
+    """M in float64; positions that repeat add up. The index is in row-major order, as CSR is."""
     rows, columns = index.positions.T
-    return scipy.sparse.csr_array((kernel.ravel()[index.kernel_index], (rows, columns)), index.dense_shape)
+    starts = np.searchsorted(rows, np.arange(index.dense_shape[0] + 1))
+    values = kernel.astype(np.float64).ravel()[index.kernel_index]
+    return scipy.sparse.csr_array((values, columns, starts), index.dense_shape)
 
 
 def _check_dense(shape, entries):

@@ -110,11 +110,11 @@ def toeplitz_indices(
         >>> print(index.positions.tolist(), index.kernel_index)
         [[0, 0], [0, 1], [1, 0], [1, 1]] [1 2 0 1]
     """
-    conv = Convolution(tuple(kernel_shape), input_size, **geometry)
+    conv = Convolution(kernel_shape, input_size, **geometry)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}. Received: layout={layout!r}")
     groups, g, h = conv.blocks
-    count = math.prod(len(a.taps.entries) for a in conv.axes) * groups * g * h
+    count = math.prod(a.num_taps for a in conv.axes) * groups * g * h
     check_memory(
         count * BYTES_PER_ENTRY,
         f"M of shape {conv.shape[0]} × {conv.shape[1]} has {count:,} entries",
