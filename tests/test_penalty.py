@@ -8,6 +8,7 @@ from geometries import CIRCULAR_CASES, KERAS_CASES, Case, cases, label
 from hypothesis import given, settings
 from oracles import dense_penalty, impulse_matrix, naive_matrix
 
+import tf_frobreg.checks
 from tf_frobreg import (
     FrobeniusRegularizer,
     frobenius_gradient,
@@ -280,6 +281,33 @@ def test_float32_keeps_its_digits_near_the_optimum(shape):
 def test_bad_arguments_are_refused_by_name(function, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         function(**{"kernel": np.ones((3, 3, 1, 1)), "input_size": 8} | arguments)
+
+
+@pytest.mark.parametrize("name", ["output_padding", "data_format", "stride"])
+@pytest.mark.parametrize("function", [frobenius_penalty, frobenius_gradient, penalty_excess, singular_values])
+def test_unknown_arguments_are_refused_by_name(function, name):
+    with pytest.raises(TypeError, match=f"unknown argument '{name}'. A convolution is given by strides"):
+        function(np.ones((3, 3, 1, 1)), 8, **{name: 1})
+
+
+def test_sizes_may_be_any_kind_of_integers():
+    kernel = np.ones((3, 3, 1, 1))
+    expected = frobenius_penalty(kernel, (7, 6)).numpy()
+    for size in ([7, 6], np.array([7, 6]), tf.TensorShape([7, 6]), tf.constant([7, 6])):
+        assert frobenius_penalty(kernel, size).numpy() == expected
+
+
+def test_long_kernels_are_refused_before_they_fill_the_memory():
+    assert np.isfinite(frobenius_penalty(np.ones((40, 1, 2)), 16000, strides=4, padding="valid"))
+    with pytest.raises(ValueError, match=r"an axis of 320 taps has [\d,]+ coincidence classes.*bytes"):
+        frobenius_penalty(np.ones((320, 1, 2)), 160000, strides=80, padding="valid")
+
+
+def test_large_closed_forms_are_refused_before_they_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(tf_frobreg.checks, "_free_memory", lambda: 10**8)
+    with pytest.raises(ValueError, match=r"the closed form of a kernel of shape \(3, 3, 256.* has 54 blocks"):
+        frobenius_penalty(np.ones((3, 3, 256, 256)), 8)
+    assert penalty_floor((3, 3, 256, 256), 8) == 0.0
 
 
 def test_explicit_method_refuses_what_does_not_fit():

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 __all__ = ["as_kernel", "check_integer", "check_memory", "check_number"]
 
+SMALL = 1 << 24  # bytes that are always there: asking the system takes longer than small penalties
+
 
 def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False) -> float:
     """Returns `value` as a plain float, or raises naming the argument."""
@@ -56,11 +58,8 @@ def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
 
 def check_memory(needed: int, what: str, instead: str) -> None:
     """Raises ValueError if `needed` bytes are more than this machine has free now."""
-    free = _free_memory()
-    if needed > free:
-        raise ValueError(
-            f"{what}: building it needs {needed:,} bytes, {free:,} are free. Use {instead}, instead."
-        )
+    if needed > SMALL and needed > (free := _free_memory()):
+        raise ValueError(f"{what}: that needs {needed:,} bytes, {free:,} are free. Use {instead}.")
 
 
 def _free_memory() -> int:

@@ -26,6 +26,8 @@ __all__ = ["ClosedForm", "closed_form"]
 
 # Entries up to which one combined member matrix beats one per axis, which move the blocks twice.
 COMBINED = 4096
+# Peak memory of value and gradient, in units of the blocks K[p, q] K[r, s]ᵀ: measured 2.8.
+BLOCK_COPIES = 3
 
 
 @lru_cache(maxsize=1024)
@@ -49,13 +51,6 @@ def closed_form(conv: Convolution) -> "ClosedForm":
         joint = joint * np.sqrt(_outer(c.counts for c in rest))[:, None]
         on_diagonal = _outer(c.diagonal for c in rest)
         parts = tuple(_part(first, d, joint, on_diagonal) for d in (True, False) if d in first.diagonal)
-    channels, pixels = (g if side == "input" else h), math.prod(a.kernel_size for a in axes[1:])
-    blocks = sum(len(part.pairs) for part in parts) * pixels**2 * groups
-    check_memory(
-        4 * 8 * blocks * channels**2,
-        f"the closed form of a kernel of shape {conv.kernel_shape} has {blocks:,} blocks of {channels}²",
-        "a smaller kernel",
-    )
     return ClosedForm(conv, side, sizes[side], parts)
 
 
@@ -133,6 +128,12 @@ class ClosedForm:
         if self.side == "output":
             blocks = tf.linalg.matrix_transpose(blocks)
         blocks = tf.reshape(blocks, (self._first_size(), -1, *blocks.shape[-3:]))
+        count, (_, rest, groups, g, _) = sum(len(part.pairs) for part in self.parts), blocks.shape
+        check_memory(
+            BLOCK_COPIES * kernel.dtype.size * count * rest**2 * groups * g**2,
+            f"the closed form of a kernel of shape {self.conv.kernel_shape} has {count * rest**2:,} blocks",
+            "no penalty on this layer, or free memory",
+        )
         taps, residuals = [], []
         for part in self.parts:
             left, right = (_rows(blocks, ends) for ends in part.pairs.T)
@@ -185,9 +186,9 @@ def _part(first: Coincidences, diagonal: bool, joint: np.ndarray, on_diagonal: n
 
 def _joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) -> np.ndarray:
     """The members of each joint class of several axes, among all pairs of flat indices (q…, s…)."""
-    joint = np.ones((1, 1, 1), dtype=np.int64)  # (classes, q, s)
+    joint = np.ones((1, 1, 1), dtype=bool)  # (classes, q, s)
     for axis, k in zip(axes, kernel_sizes, strict=True):
-        square = np.zeros((len(axis.counts), k, k), dtype=np.int64)
+        square = np.zeros((len(axis.counts), k, k), dtype=bool)
         square[:, axis.pairs[:, 0], axis.pairs[:, 1]] = axis.members
         joint = np.kron(joint, square)
     return joint.reshape(len(joint), -1)

@@ -11,9 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
+from tf_frobreg.checks import check_memory
 from tf_frobreg.convolution import Axis
 
 __all__ = ["Coincidences", "coincidences"]
+
+# Per class and pair, from the bools here to the float64 and float32 matrices of the closed form.
+BYTES_PER_MEMBER = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Coincidences:
 
     Attributes:
         pairs: `(pairs, 2)`, the pairs (p, r) that occur in some class.
-        members: `(classes, pairs)` of 0 and 1: which pairs make up which class.
+        members: `(classes, pairs)` bool: which pairs make up which class.
         counts: `(classes,)`, at how many (i, j) each class occurs.
         diagonal: `(classes,)` bool: whether those (i, j) have i = j. (A class that holds a pair (p, p)
             lies on the diagonal, and no other does.)
@@ -48,10 +52,18 @@ def coincidences(axis: Axis, side: str, *, half: bool = False) -> Coincidences:
         transposed = {c: tuple(sorted((r, p) for p, r in c)) for c in classes}
         classes = {c: n * (1 if c == transposed[c] else 2) for c, n in classes.items() if c <= transposed[c]}
     pairs = sorted({pair for c in classes for pair in c})
-    members = [[pair in c for pair in pairs] for c in map(set, classes)]
+    check_memory(
+        BYTES_PER_MEMBER * len(classes) * len(pairs),
+        f"an axis of {axis.kernel_size} taps has {len(classes):,} coincidence classes, {len(pairs):,} pairs",
+        "no penalty on this layer, or a shorter kernel",
+    )
+    number = {pair: i for i, pair in enumerate(pairs)}
+    members = np.zeros((len(classes), len(pairs)), dtype=bool)
+    for row, c in zip(members, classes, strict=True):
+        row[[number[pair] for pair in c]] = True
     return Coincidences(
         pairs=np.array(pairs, dtype=np.int64).reshape(-1, 2),
-        members=np.array(members, dtype=np.int64).reshape(len(classes), len(pairs)),
+        members=members,
         counts=np.array(list(classes.values()), dtype=np.int64),
         diagonal=np.array([any(p == r for p, r in c) for c in classes], dtype=bool),
     )

@@ -6,9 +6,10 @@ spatial axis that are listed here.
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, Self, TypedDict
 
 import numpy as np
 
@@ -129,21 +130,7 @@ class Convolution:
     kind: str = "conv"
 
     def __post_init__(self):
-        try:
-            shape = tuple(self.kernel_shape)
-        except TypeError:
-            raise TypeError(
-                f"kernel_shape must be a shape. Received: kernel_shape={self.kernel_shape!r}"
-            ) from None
-        if len(shape) not in LAYERS:
-            raise ValueError(
-                "kernel must have rank 4, (kh, kw, in_channels, filters), or that of another layer: 3 for "
-                f"Conv1D, 5 for Conv3D, 2 for Dense. Received: kernel.shape={shape}"
-            )
-        if None in shape or 0 in shape:
-            raise ValueError(
-                f"kernel must have a known shape and must not be empty. Received: kernel.shape={shape}"
-            )
+        shape = _check_shape(self.kernel_shape)
         if self.padding not in PADDINGS:
             raise ValueError(f"padding must be one of {PADDINGS}. Received: padding={self.padding!r}")
         if self.kind not in KINDS:
@@ -152,11 +139,20 @@ class Convolution:
         if rank == 0 and self.kind != "conv":
             raise ValueError(f"kind={self.kind!r} needs a spatial axis. Received: kernel.shape={shape}")
         set_ = object.__setattr__  # the class is frozen to be hashable; this normalises once, at birth
-        set_(self, "kernel_shape", tuple(check_integer("kernel_shape", n) for n in shape))
+        set_(self, "kernel_shape", shape)
         for name in ("input_size", "strides", "dilation_rate"):
             set_(self, name, _per_axis(name, getattr(self, name), rank))
         set_(self, "groups", check_integer("groups", self.groups))
         self._check_combinations()
+
+    @classmethod
+    def of(cls, kernel_shape, input_size, geometry: Geometry) -> Self:
+        """The convolution of a caller's `**geometry`, whose names are checked."""
+        for name in geometry.keys() - Geometry.__annotations__.keys():
+            raise TypeError(
+                f"unknown argument {name!r}. A convolution is given by {', '.join(Geometry.__annotations__)}."
+            )
+        return cls(kernel_shape, input_size, **geometry)
 
     def _check_combinations(self):
         if max(self.strides, default=1) > 1 and max(self.dilation_rate, default=1) > 1:
@@ -253,9 +249,12 @@ def check_geometry(**arguments) -> dict[str, Any]:
 
     Raises as far as can be told before the kernel is known.
     """
-    rank = next((len(value) for value in arguments.values() if _is_sequence(value)), 2)
+    named = {name: len(value) for name, value in arguments.items() if _is_sequence(value)}
+    name, rank = next(iter(named.items()), ("input_size", 2))
     if rank + 2 not in LAYERS:
-        raise ValueError(f"input_size must have at most 3 axes. Received: {arguments}")
+        raise ValueError(
+            f"{name} must have at most 3 entries, one per spatial axis. Received: {name}={arguments[name]!r}"
+        )
     groups = check_integer("groups", arguments["groups"])
     Convolution((1,) * (rank + 1) + (groups,), **arguments)
 
@@ -265,6 +264,27 @@ def check_geometry(**arguments) -> dict[str, Any]:
         return value if isinstance(value, str) else int(value)
 
     return {name: plain(value) for name, value in arguments.items()}
+
+
+def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
+    """The shape as plain ints, if it is that of a kernel."""
+    try:
+        shape = tuple(n if n is None else check_integer("kernel_shape", n, minimum=0) for n in kernel_shape)
+    except TypeError:
+        raise TypeError(
+            "kernel_shape must be a sequence of integers, such as kernel.shape. "
+            f"Received: kernel_shape={reprlib.repr(kernel_shape)}"
+        ) from None
+    if len(shape) not in LAYERS:
+        raise ValueError(
+            "kernel must have rank 4, (kh, kw, in_channels, filters), or that of another layer: 3 for "
+            f"Conv1D, 5 for Conv3D, 2 for Dense. Received: kernel.shape={shape}"
+        )
+    if None in shape or 0 in shape:
+        raise ValueError(
+            f"kernel must have a known shape and must not be empty. Received: kernel.shape={shape}"
+        )
+    return shape
 
 
 def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
@@ -278,11 +298,11 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
         return (number,) * rank
     if len(value) != rank:
         raise ValueError(
-            f"{name} must be an int or {rank} ints, one per spatial axis of the kernel. "
+            f"{name} must be an int or {rank} ints, one per spatial axis of the kernel, without channels. "
             f"Received: {name}={value!r}"
         )
     return tuple(check_integer(name, n) for n in value)
 
 
 def _is_sequence(value: Any) -> bool:
-    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, str) and np.ndim(value) > 0
+    return np.ndim(value) > 0  # lists, tuples, arrays, tensors and TensorShapes alike

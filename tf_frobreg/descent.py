@@ -129,7 +129,7 @@ def regularize_kernel(
         raise ValueError(f"gradient must be one of {GRADIENTS}. Received: gradient={gradient!r}")
     schedule = _schedule(learning_rate)
     kernel = as_kernel(kernel)
-    conv = Convolution(tuple(kernel.shape), input_size, **geometry)
+    conv = Convolution.of(kernel.shape, input_size, geometry)
     function = _penalty_and_gradient(conv, alpha, check_method(method), gradient)
 
     extremes = _measure(conv, tolerance)

@@ -29,7 +29,7 @@ def frobenius_penalty(
     """Returns the paper's penalty R_α(K) = ‖MᵀM − αI‖²_F, M the transformation matrix of (2.1) and (3.1).
 
     With σ the singular values of M, R_α = Σ (σ² − α)², summed over the columns of M (σ = 0 where M has
-    more columns than singular values). It is never below `penalty_floor`.
+    more columns than singular values). It is never below `penalty_floor`, but for rounding.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
@@ -62,7 +62,7 @@ def frobenius_penalty(
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     kernel = as_kernel(kernel)
-    conv = Convolution(tuple(kernel.shape), input_size, **geometry)
+    conv = Convolution.of(kernel.shape, input_size, geometry)
     return evaluate(kernel, conv, alpha, check_method(method))
 
 
@@ -99,7 +99,7 @@ def frobenius_gradient(
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     kernel = as_kernel(kernel)
-    conv = Convolution(tuple(kernel.shape), input_size, **geometry)
+    conv = Convolution.of(kernel.shape, input_size, geometry)
     return evaluate_gradient(kernel, conv, alpha, check_method(method))[1]
 
 
@@ -130,7 +130,7 @@ def penalty_floor(
         (800.0, 1200.0, 0.0)
     """
     alpha = check_number("alpha", alpha, exclusive=True)
-    return _floor(Convolution(kernel_shape, input_size, **geometry), alpha)
+    return _floor(Convolution.of(kernel_shape, input_size, geometry), alpha)
 
 
 def penalty_excess(kernel, input_size, *, alpha: float = 1.0, **geometry: Unpack[Geometry]) -> tf.Tensor:
@@ -160,7 +160,7 @@ def penalty_excess(kernel, input_size, *, alpha: float = 1.0, **geometry: Unpack
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     kernel = as_kernel(kernel)
-    return closed_form(Convolution(tuple(kernel.shape), input_size, **geometry)).value(kernel, alpha)
+    return closed_form(Convolution.of(kernel.shape, input_size, geometry)).value(kernel, alpha)
 
 
 def evaluate(kernel: tf.Tensor, conv: Convolution, alpha: float, method: str) -> tf.Tensor:
@@ -202,7 +202,7 @@ def _dense_matrix(kernel, conv):
     check_memory(
         4 * max(rows, columns) * (rows + columns) * kernel.dtype.size,
         f'method="sparse" needs M of shape {rows} × {columns} and its Gram matrix as dense matrices',
-        'method="closed_form"',
+        'method="closed_form" instead',
     )
     return tf.sparse.to_dense(transformation_matrix(kernel, conv.input_size, **conv.geometry))
 

@@ -17,7 +17,9 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
 
     It draws the singular values of M, the linear map that the layer applies to an image, towards √α. Keras
     shows a regularizer nothing but the kernel: image size, strides, padding, dilation and groups of the
-    layer have to be repeated here, and must be those of the layer.
+    layer have to be repeated here, and must be those of the layer. What does not fit the kernel is refused,
+    but a wrong geometry that fits it is not noticed: mind that Keras' layers default to padding="valid", and
+    that LoRA on a `Dense` layer passes its two factors off as kernels.
 
     Under zero padding ("same", "valid") R_α is smallest for kernels with one tap only, so a large `factor`
     turns a 3×3 convolution into a 1×1 one; padding="circular" penalises the border-free operator instead,
@@ -37,8 +39,8 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
         method: "closed_form" or "sparse", as for `frobenius_penalty`.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid, at once; where it does not fit the kernel,
-            when the layer is built. The message names the argument.
+        ValueError, TypeError: Where an argument is invalid, at once; where it does not fit the kernel, when
+            the penalty is first computed (`layer.losses`, or the first step of `fit`).
 
     Example:
         >>> layer = tf.keras.layers.Conv2D(

@@ -110,7 +110,7 @@ def toeplitz_indices(
         >>> print(index.positions.tolist(), index.kernel_index)
         [[0, 0], [0, 1], [1, 0], [1, 1]] [1 2 0 1]
     """
-    conv = Convolution(kernel_shape, input_size, **geometry)
+    conv = Convolution.of(kernel_shape, input_size, geometry)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {LAYOUTS}. Received: layout={layout!r}")
     groups, g, h = conv.blocks
@@ -118,7 +118,7 @@ def toeplitz_indices(
     check_memory(
         count * BYTES_PER_ENTRY,
         f"M of shape {conv.shape[0]} × {conv.shape[1]} has {count:,} entries",
-        'frobenius_penalty(..., method="closed_form"), or a smaller input_size',
+        'what needs no M, such as frobenius_penalty(..., method="closed_form"), or a smaller input_size',
     )
 
     outputs, inputs, entries = _spatial_taps(conv)
