@@ -304,7 +304,7 @@ def test_long_kernels_are_refused_before_they_fill_the_memory():
 
 
 def test_large_closed_forms_are_refused_before_they_fill_the_memory(monkeypatch):
-    monkeypatch.setattr(tf_frobreg.checks, "_free_memory", lambda: 10**8)
+    monkeypatch.setattr(tf_frobreg.checks, "_free_memory", lambda: 5 * 10**7)
     with pytest.raises(ValueError, match=r"the closed form of a kernel of shape \(3, 3, 256.* has 54 blocks"):
         frobenius_penalty(np.ones((3, 3, 256, 256)), 8)
     assert penalty_floor((3, 3, 256, 256), 8) == 0.0
