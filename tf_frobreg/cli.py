@@ -308,7 +308,7 @@ def _library():
             import tf_frobreg.plotting
 
             tf.zeros(())  # looks for devices, and tells what it did not find
-        except BaseException:
+        except Exception:
             log.seek(0)
             os.write(stderr, log.read())
             raise
