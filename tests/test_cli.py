@@ -1,6 +1,7 @@
 """The commands as a user types them."""
 
 import csv
+import os
 import pickle
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import tf_frobreg
 import tf_frobreg.descent
 from tf_frobreg import singular_values
 from tf_frobreg.cli import main
@@ -42,7 +44,8 @@ def test_reproduce(distribution, tmp_path, capfd):
     arguments = ["reproduce", "--distribution", distribution, "--output-dir", str(tmp_path)]
     assert main(arguments) == 0
     printed = capfd.readouterr()
-    assert printed.err == ""
+    assert "tensorflow" not in printed.err.lower()
+    assert "0000 00:00" not in printed.err  # the head of TensorFlow's own messages
     assert printed.out.count("converged: σmax and σmin are within the tolerance") == 4
     for title in ("3×3×3×1", "3×3×1×3", "3×3×3×6", "3×3×6×3"):
         assert title in printed.out
@@ -86,7 +89,8 @@ def test_regularize_writes_kernel_plot_and_history(kernel, tmp_path, capfd):
         == 0
     )
     printed = capfd.readouterr()
-    assert printed.err == ""
+    assert "tensorflow" not in printed.err.lower()
+    assert "0000 00:00" not in printed.err  # the head of TensorFlow's own messages
     assert "converged: σmax and σmin are within the tolerance" in printed.out
     sigma = singular_values(np.load(outputs[0]), (8, 9))
     assert max(abs(sigma[0] - 1), abs(sigma[-1] - 1)) <= 0.01
@@ -138,7 +142,7 @@ def test_ctrl_c_keeps_what_was_reached(kernel, tmp_path, capfd, monkeypatch):
     np.testing.assert_allclose(np.load(output), reached, rtol=1e-12)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    assert main(["reproduce", "--output-dir", str(tmp_path)]) == 1
+    assert main(["reproduce", "--output-dir", str(tmp_path)]) == 130
     assert "interrupted, nothing written" in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kernel.npy", "new.npy"]
 
@@ -165,6 +169,11 @@ def damaged(tmp_path, kind):
         path.write_bytes(pickle.dumps(np.ones(3)))
     elif kind == "empty":
         path.write_bytes(b"")
+    elif kind == "huge_header":
+        np.save(path, np.ones((3, 3, 1, 1)))
+        path.write_bytes(
+            path.read_bytes().replace(b"(3, 3, 1, 1)", b"(9999999999,)").replace(b" \n", b"\n", 1)
+        )
     elif kind == "archive":
         with open(path, "wb") as file:
             np.savez(file, np.ones((3, 3, 1, 1)))
@@ -192,6 +201,7 @@ def damaged(tmp_path, kind):
         ("pickled", "KERNEL must be a whole .npy file"),
         ("bare_pickle", "KERNEL must be a whole .npy file"),
         ("empty", "KERNEL must be a whole .npy file"),
+        ("huge_header", "KERNEL must be a whole .npy file"),
         ("archive", "KERNEL must be a .npy file of one array"),
         ("integer", "kernel must be float32 or float64. Received: kernel.dtype=int64"),
         ("complex", "kernel must be float32 or float64. Received: kernel.dtype=complex128"),
@@ -219,6 +229,11 @@ def test_bad_kernel_files(kind, message, tmp_path, capfd):
         (
             ["--input-size", "2", "--padding", "valid"],
             "input_size must be at least the (dilated) kernel size",
+        ),
+        (["--input-size", "9" * 20], "input_size must be at most 2147483647"),
+        (
+            ["--input-size", "8", "--plot", "p" * 300 + ".png"],
+            "--plot cannot be written (File name too long)",
         ),
         (["--input-size", "eight"], "argument --input-size: invalid int value: 'eight'"),
         ([], "the following arguments are required: --input-size"),
@@ -258,7 +273,53 @@ def test_one_file_cannot_hold_two_results(kernel, tmp_path, capfd):
     same = str(tmp_path / "same")
     command = ["regularize", str(kernel), "--input-size", "8", "--output", same, "--history", same]
     assert main(command) == 2
-    assert "--output, --history must be different files" in capfd.readouterr().err
+    assert "--output, --history must be different files, and none of them the input" in capfd.readouterr().err
+
+
+def test_the_input_is_not_overwritten(kernel, tmp_path, capfd):
+    before = kernel.read_bytes()
+    command = [
+        "regularize",
+        str(kernel),
+        "--input-size",
+        "8",
+        "--output",
+        str(tmp_path / "new.npy"),
+        "--force",
+    ]
+    assert main([*command, "--history", str(kernel)]) == 2
+    assert "none of them the input" in capfd.readouterr().err
+    assert kernel.read_bytes() == before
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "closed pipe", "ascii"])
+def test_trouble_with_standard_output_does_not_cost_the_result(stdout, kernel, tmp_path):
+    output = tmp_path / "new.npy"
+    arguments = ["regularize", str(kernel), "--input-size", "8", "--max-steps", "5", "--output", str(output)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tf_frobreg", *arguments],
+            stdout={"/dev/full": full, "closed pipe": writer, "ascii": subprocess.PIPE}[stdout],
+            stderr=subprocess.PIPE,
+            env=os.environ | ({"PYTHONIOENCODING": "ascii"} if stdout == "ascii" else {}),
+        )
+    os.close(writer)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    assert np.load(output).shape == (3, 3, 1, 3)
+
+
+def test_version(capfd):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capfd.readouterr().out.strip() == tf_frobreg.__version__
+
+
+def test_output_dir_must_exist(tmp_path, capfd):
+    assert main(["reproduce", "--output-dir", str(tmp_path / "no")]) == 2
+    assert "--output-dir must be a directory. Received: " in capfd.readouterr().err
 
 
 def test_seed_out_of_range(tmp_path, capfd):

@@ -125,9 +125,10 @@ def test_stops_by_the_gradient():
     assert np.isfinite(result.history["sigma_min"][-1])
 
 
+@pytest.mark.parametrize("rate", [10.0, 1e300])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_diverged_descent_gives_back_the_last_finite_kernel(dtype):
-    result = regularize_kernel(normal(3, 3, 2, 3).astype(dtype), 8, learning_rate=10.0)
+def test_a_diverged_descent_gives_back_the_last_finite_kernel(dtype, rate):
+    result = regularize_kernel(normal(3, 3, 2, 3).astype(dtype), 8, learning_rate=rate)
     assert result.reason is StopReason.DIVERGED
     assert not result.converged
     assert np.isfinite(result.kernel).all()
@@ -186,6 +187,7 @@ def test_no_step_at_all():
         ({"learning_rate": 0}, "learning_rate must be a finite number above 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be"),
         ({"learning_rate": lambda step: None}, r"learning_rate\(0\) must be a number"),
+        ({"callback": 5}, "callback must be callable. Received: callback=5"),
         ({"max_steps": -1}, "max_steps must be at least 0"),
         ({"max_steps": 1.5}, "max_steps must be an integer"),
         ({"tolerance": -0.1}, "tolerance must be"),

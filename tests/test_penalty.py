@@ -167,6 +167,19 @@ def test_inputs_that_strides_jump_over_count_to_the_floor():
     assert frobenius_penalty(kernel, 10, strides=2).numpy() == pytest.approx(75, rel=1e-14)
 
 
+def test_images_beyond_all_int64():
+    sizes = [2 * 10**9, 10**6]
+    densities = [frobenius_penalty(np.ones((3, 3, 1, 1)), n).numpy() / n**2 for n in sizes]
+    assert densities[0] == pytest.approx(densities[1], rel=1e-5)
+    kernel = np.ones((3, 3, 3, 1, 1))
+    densities = [frobenius_penalty(kernel, n).numpy() / n**3 for n in (3 * 10**6, 10**6)]
+    assert densities[0] == pytest.approx(densities[1], rel=1e-5)
+
+
+def test_a_huge_alpha_overflows_to_infinity_not_to_an_error():
+    assert frobenius_penalty(np.ones((3, 3, 1, 1)), 8, alpha=1e200).numpy() == np.inf
+
+
 def test_centre_tap_orthogonal_kernel_has_no_penalty():
     q, _ = np.linalg.qr(np.random.RandomState(0).standard_normal((4, 4)))
     kernel = np.zeros((3, 3, 4, 4))

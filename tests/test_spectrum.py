@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from geometries import CIRCULAR_CASES, KERAS_CASES, Case, label
 from oracles import impulse_matrix, naive_matrix
 
@@ -52,6 +53,23 @@ def test_extremes_of_a_rank_deficient_kernel():
     kernel = np.zeros((3, 3, 2, 2))
     kernel[1, 1, 0, 0] = 3.0
     assert extreme_singular_values(kernel, 16) == (pytest.approx(3.0), pytest.approx(0.0, abs=1e-7))
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e-20, 1e20, 1e160])
+@pytest.mark.parametrize("size", [5, 20])
+def test_extremes_of_badly_scaled_kernels(scale, size):
+    kernel = np.random.RandomState(0).standard_normal((3, 3, 1, 2))
+    expected, found = (extreme_singular_values(k, size) for k in (kernel, scale * kernel))
+    np.testing.assert_allclose(found, scale * np.array(expected), rtol=1e-6)
+
+
+def test_zero_kernel_has_zero_extremes():
+    assert extreme_singular_values(np.zeros((3, 3, 1, 1)), 6) == (0.0, 0.0)
+
+
+def test_values_are_needed():
+    with pytest.raises(TypeError, match="kernel must have known values"):
+        tf.function(lambda k: singular_values(k, 5))(tf.ones((3, 3, 1, 1)))
 
 
 def test_what_does_not_fit_is_refused():

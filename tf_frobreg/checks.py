@@ -3,6 +3,7 @@
 import math
 import operator
 import os
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 
 __all__ = ["as_kernel", "check_integer", "check_memory", "check_number"]
 
+LARGEST = 2**31 - 1  # of any size or count
 SMALL = 1 << 24  # bytes that are always there: asking the system takes longer than small penalties
 
 
@@ -21,10 +23,12 @@ def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool
         if isinstance(value, (bool, np.bool_, str, bytes)):
             raise TypeError
         number = float(value)
+    except OverflowError:  # an int beyond all floats
+        number = math.inf
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number {wanted}. Received: {name}={value!r}") from None
+        raise TypeError(f"{name} must be a number {wanted}. Received: {_received(name, value)}") from None
     if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
-        raise ValueError(f"{name} must be a finite number {wanted}. Received: {name}={value!r}")
+        raise ValueError(f"{name} must be a finite number {wanted}. Received: {_received(name, value)}")
     return number
 
 
@@ -35,10 +39,17 @@ def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must be an integer. Received: {name}={value!r}") from None
+        raise TypeError(f"{name} must be an integer. Received: {_received(name, value)}") from None
     if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}. Received: {name}={value!r}")
+        raise ValueError(f"{name} must be at least {minimum}. Received: {_received(name, value)}")
+    if number > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}. Received: {_received(name, value)}")
     return number
+
+
+def _received(name: str, value: Any) -> str:
+    """name=value on one line, long values shortened."""
+    return f"{name}={' '.join(reprlib.repr(value).split())}"
 
 
 def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
@@ -46,7 +57,11 @@ def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
     try:
         tensor = tf.convert_to_tensor(kernel)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"kernel must be an array of real numbers. Received: {kernel!r:.80}") from error
+        raise TypeError(
+            f"kernel must be an array of float32 or float64. Received: a {type(kernel).__name__}"
+        ) from error
+    if not isinstance(tensor, tf.Tensor):
+        raise TypeError(f"kernel must be a dense array. Received: a {type(kernel).__name__}")
     if tensor.dtype not in (tf.float32, tf.float64):
         raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={tensor.dtype.name}")
     if check_finite and tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import types
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tf_frobreg import __version__
 from tf_frobreg.files import BadInput, output_files, read_kernel
 
 __all__ = ["main"]
@@ -28,7 +30,12 @@ TABLE_STEPS = (0, 10, 20, 50, 100)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0 converged, 1 not converged, 2 bad input."""
+    """Runs the command line and returns its exit status.
+
+    0 converged; 1 not converged, what was reached is written; 2 bad input; 130 interrupted, nothing written.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # σ and √ are not in every terminal's alphabet
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -38,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"tf-frobreg {options.command}: interrupted, nothing written", file=sys.stderr)
-        return 1
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="tf-frobreg", description="Keep the singular values of convolutions near √α (arXiv:1907.11235)."
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     descent = argparse.ArgumentParser(add_help=False)
     descent.add_argument("--max-steps", type=int, default=2000, help="steps at the most (default: 2000)")
@@ -86,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
         parents=[descent],
         help="run Algorithm 3.1 on a kernel of your own",
         description="Run Algorithm 3.1 on the kernel in a .npy file. Ctrl-C stops it and keeps what was "
-        "reached. Exit status: 0 converged, 1 not converged (the kernel is written), 2 bad input.",
+        "reached. Exit status: 0 converged, 1 not converged (the kernel is written), 2 bad input, 130 "
+        "interrupted before there was anything to write.",
     )
     regularize.add_argument(
         "kernel", metavar="KERNEL", help=".npy file, (*kernel_size, in_channels, filters)"
@@ -99,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "--learning-rate",
         type=_learning_rate,
         default="paper",
-        help='λ, a number, which multiplies half the gradient as in (3.2), or "paper" (default)',
+        help='λ, which multiplies half the gradient as in (3.2): a number, or "paper" (default), whose steps '
+        "suit images of about 20×20; larger ones need less",
     )
     regularize.add_argument("--strides", help="of the layer (default: 1)", default=[1], **size)
     regularize.add_argument("--dilation-rate", help="of the layer (default: 1)", default=[1], **size)
@@ -122,27 +132,31 @@ def _learning_rate(text: str) -> str | float:
 
 
 def _reproduce(options) -> int:
-    suffix = "_uniform" if options.distribution == "uniform" else ""
-    base = os.path.join(options.output_dir, f"figure_4_1{suffix}")
-    with output_files({"figure": f"{base}.png", "CSV": f"{base}.csv"}, force=options.force) as files:
-        library = _library()
-        console = Console()
-        results = {}
-        with _progress(console) as progress, _stop_request() as stop:
+    if not os.path.isdir(options.output_dir):
+        raise BadInput(f"--output-dir must be a directory. Received: {options.output_dir}")
+    name = "figure_4_1_uniform" if options.distribution == "uniform" else "figure_4_1"
+    base = os.path.join(options.output_dir, name)
+    outputs = {f"{name}{suffix} in --output-dir": f"{base}{suffix}" for suffix in (".png", ".csv")}
+    figure_file, history_file = output_files(outputs, force=options.force).values()
+    library = _library()
+    results = {}
+    with _stop_request() as stop:
+        with _progress() as progress:
             for shape in PAPER_SHAPES:
                 title = "×".join(map(str, shape))
                 kernel = _paper_kernel(shape, options.distribution, options.seed)
                 results[title] = _descend(library, progress, title, stop, options, kernel, PAPER_SIZE)
-                if stop():
+                if stop.pressed:
                     raise KeyboardInterrupt
-        console.print(_paper_table(results, library))
-        for title, result in results.items():
-            console.print(f"{title}: {_summary(result)}", soft_wrap=True)
-        files["figure"].write(
-            lambda file: library.plotting.plot_convergence(results).savefig(file, format="png", dpi=120)
-        )
-        files["CSV"].write(lambda file: _write_history(file, results))
-        console.print(f"Wrote {base}.png and {base}.csv")
+        stop.writing = True
+        figure = library.plotting.plot_convergence(results)
+        figure_file.write(lambda file: figure.savefig(file, format="png", dpi=120))
+        history_file.write(lambda file: _write_history(file, results))
+    _show(
+        _paper_table(results, library),
+        *(f"{title}: {_summary(result)}" for title, result in results.items()),
+        f"Wrote {base}.png and {base}.csv",
+    )
     return 0 if all(result.converged for result in results.values()) else 1
 
 
@@ -152,28 +166,25 @@ def _regularize(options) -> int:
     if options.plot is not None and plot_format not in ("png", "pdf", "svg"):
         raise BadInput(f"--plot must end in .png, .pdf or .svg. Received: {options.plot}")
     kernel = read_kernel(options.kernel)
-    with output_files(outputs, force=options.force) as files:
-        library = _library()
-        console = Console()
-        geometry = {
-            name: value[0] if len(value) == 1 else value
-            for name, value in [("strides", options.strides), ("dilation_rate", options.dilation_rate)]
-        }
-        geometry |= {"padding": options.padding, "groups": options.groups, "kind": options.kind}
-        size = options.input_size[0] if len(options.input_size) == 1 else options.input_size
-        with _progress(console) as progress, _stop_request() as stop:
-            result = _descend(
-                library,
-                progress,
-                "×".join(map(str, kernel.shape)),
-                stop,
-                options,
-                kernel,
-                size,
-                alpha=options.alpha,
-                learning_rate=options.learning_rate,
-                **geometry,
-            )
+    files = output_files(outputs, force=options.force, inputs=[options.kernel])
+    library = _library()
+    size, strides, dilation_rate = (
+        values[0] if len(values) == 1 else values
+        for values in (options.input_size, options.strides, options.dilation_rate)
+    )
+    geometry = {
+        "strides": strides,
+        "dilation_rate": dilation_rate,
+        "padding": options.padding,
+        "groups": options.groups,
+        "kind": options.kind,
+    }
+    with _stop_request() as stop:
+        with _progress() as progress:
+            title = "×".join(map(str, kernel.shape))
+            arguments = {"alpha": options.alpha, "learning_rate": options.learning_rate, **geometry}
+            result = _descend(library, progress, title, stop, options, kernel, size, **arguments)
+        stop.writing = True
         files["--output"].write(lambda file: np.save(file, result.kernel))
         if "--plot" in files:
             figure = library.plotting.plot_convergence(result)
@@ -181,19 +192,24 @@ def _regularize(options) -> int:
         if "--history" in files:
             files["--history"].write(lambda file: _write_history(file, {options.kernel: result}))
     floor = library.penalty.penalty_floor(kernel.shape, size, alpha=options.alpha, **geometry)
-    console.print(_summary(result, interrupted=stop()), soft_wrap=True)
-    console.print(f"R = {result.penalty:.6g}, no kernel of this shape is below {floor:.6g}")
-    console.print(f"Wrote {', '.join(str(file.path) for file in files.values())}", soft_wrap=True)
+    _show(
+        _summary(result, interrupted=stop.pressed),
+        f"R = {result.penalty:.6g} (lower bound for this shape: {floor:.6g})",
+        f"Wrote {', '.join(str(file.path) for file in files.values())}",
+    )
     return 0 if result.converged else 1
 
 
 def _descend(library, progress, title, stop, options, kernel, input_size, **arguments):
     """Runs the descent under a progress bar; what the library refuses is bad input."""
-    task = progress.add_task(title, total=options.max_steps, penalty=float("nan"))
+    tasks = []
 
     def callback(step, kernel, penalty):
-        progress.update(task, completed=step, penalty=penalty)
-        return stop()
+        if not tasks:  # not before the arguments have passed
+            tasks.append(progress.add_task(title, total=options.max_steps, penalty=penalty))
+            progress.start()
+        progress.update(tasks[0], completed=step, penalty=penalty)
+        return stop.pressed
 
     try:
         return library.descent.regularize_kernel(
@@ -248,7 +264,7 @@ def _significant(value: float) -> str:
 def _summary(result, *, interrupted: bool = False) -> str:
     reason = "not converged: interrupted, what was reached is kept" if interrupted else result.reason.value
     sigma = (result.history[name][result.num_steps] for name in ("sigma_max", "sigma_min"))
-    return f"{reason}; step {result.num_steps}, σmax = {next(sigma):.4f}, σmin = {next(sigma):.4f}"
+    return f"{reason}; step {result.num_steps}, σmax = {next(sigma):.5g}, σmin = {next(sigma):.5g}"
 
 
 def _write_history(file, results) -> None:
@@ -264,29 +280,50 @@ def _write_history(file, results) -> None:
     text.detach()
 
 
-def _progress(console) -> Progress:
-    return Progress(
+def _show(*lines) -> None:
+    """Prints tables and lines; a standard output that is gone or full does not undo what was written."""
+    console = Console(markup=False, highlight=False)
+    try:
+        for line in lines:
+            console.print(line, soft_wrap=isinstance(line, str))
+        sys.stdout.flush()
+    except (OSError, SystemExit) as error:  # rich turns a broken pipe into the latter
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = getattr(error, "strerror", None) or "closed"
+        print(f"The files are written; standard output is not: {reason}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress display that appears with its first task, and so leaves bad input its one line."""
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("R = {task.fields[penalty]:.6g}"),
         TimeElapsedColumn(),
-        console=console,
+        console=Console(stderr=True),
     )
+    try:
+        yield progress
+    finally:
+        if progress.tasks:
+            progress.stop()
 
 
 @contextlib.contextmanager
-def _stop_request() -> Iterator:
-    """Yields a function that tells whether Ctrl-C was pressed; pressed again, it acts as usual."""
-    pressed = []
+def _stop_request() -> Iterator[types.SimpleNamespace]:
+    """Yields what tells whether Ctrl-C was `pressed`; a second one ends all but what is `writing`."""
+    request = types.SimpleNamespace(pressed=False, writing=False)
 
     def note(*_):
-        pressed.append(True)
-        signal.signal(signal.SIGINT, previous)
+        if request.pressed and not request.writing:
+            raise KeyboardInterrupt
+        request.pressed = True
 
     previous = signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: bool(pressed)
+        yield request
     finally:
         signal.signal(signal.SIGINT, previous)
 

@@ -27,7 +27,7 @@ class Coincidences:
     Attributes:
         pairs: `(pairs, 2)`, the pairs (p, r) that occur in some class.
         members: `(classes, pairs)` bool: which pairs make up which class.
-        counts: `(classes,)`, at how many (i, j) each class occurs.
+        counts: `(classes,)` floats, at how many (i, j) each class occurs.
         diagonal: `(classes,)` bool: whether those (i, j) have i = j. (A class that holds a pair (p, p)
             lies on the diagonal, and no other does.)
     """
@@ -64,7 +64,7 @@ def coincidences(axis: Axis, side: str, *, half: bool = False) -> Coincidences:
     return Coincidences(
         pairs=np.array(pairs, dtype=np.int64).reshape(-1, 2),
         members=members,
-        counts=np.array(list(classes.values()), dtype=np.int64),
+        counts=np.array(list(classes.values()), dtype=float),
         diagonal=np.array([any(p == r for p, r in c) for c in classes], dtype=bool),
     )
 

@@ -131,9 +131,9 @@ class Convolution:
 
     def __post_init__(self):
         shape = _check_shape(self.kernel_shape)
-        if self.padding not in PADDINGS:
+        if not isinstance(self.padding, str) or self.padding not in PADDINGS:
             raise ValueError(f"padding must be one of {PADDINGS}. Received: padding={self.padding!r}")
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}. Received: kind={self.kind!r}")
         rank = len(shape) - 2
         if rank == 0 and self.kind != "conv":
@@ -253,7 +253,8 @@ def check_geometry(**arguments) -> dict[str, Any]:
     name, rank = next(iter(named.items()), ("input_size", 2))
     if rank + 2 not in LAYERS:
         raise ValueError(
-            f"{name} must have at most 3 entries, one per spatial axis. Received: {name}={arguments[name]!r}"
+            f"{name} must have at most 3 entries, one per spatial axis. "
+            f"Received: {name}={reprlib.repr(arguments[name])}"
         )
     groups = check_integer("groups", arguments["groups"])
     Convolution((1,) * (rank + 1) + (groups,), **arguments)
@@ -292,14 +293,14 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
         number = check_integer(name, value)
         if rank == 0 and name == "input_size":
             raise ValueError(
-                "a kernel of rank 2 has no spatial axis: input_size must be () for a Dense kernel; a LoRA "
-                f"adapter is not a convolution and cannot be regularized as one. Received: {name}={value!r}"
+                "a kernel of rank 2 has no spatial axis: input_size must be () for a Dense kernel; that of a "
+                f"Conv2D has rank 4, and a LoRA factor is no kernel. Received: {name}={value!r}"
             )
         return (number,) * rank
     if len(value) != rank:
         raise ValueError(
             f"{name} must be an int or {rank} ints, one per spatial axis of the kernel, without channels. "
-            f"Received: {name}={value!r}"
+            f"Received: {name}={reprlib.repr(value)}"
         )
     return tuple(check_integer(name, n) for n in value)
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import enum
+import functools
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Unpack
 
@@ -17,6 +19,7 @@ from tf_frobreg.spectrum import extremes_of
 __all__ = ["DescentResult", "StopReason", "paper_schedule", "regularize_kernel"]
 
 GRADIENTS = ("theorem", "tape")
+DENSE_ROWS = 2000  # up to which σ may take a dense eigensolver, half a second, when Lanczos fails
 COLUMNS = ("step", "penalty", "gradient_norm", "learning_rate", "sigma_max", "sigma_min")
 
 
@@ -26,11 +29,11 @@ class StopReason(enum.Enum):
     CONVERGED = "converged: σmax and σmin are within the tolerance of √α"
     STATIONARY = "converged: the gradient is below its tolerance"
     MAX_STEPS = "not converged: out of steps"
-    DIVERGED = "not converged: the penalty is no longer finite; the last finite kernel is kept"
+    DIVERGED = "diverged: the penalty is no longer finite, λ is too large; the last finite kernel is kept"
     STOPPED = "not converged: stopped by the callback"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DescentResult:
     """What a descent reached.
 
@@ -42,6 +45,7 @@ class DescentResult:
         history: Columns of equal length, one row per step from 0 (before any step) on: "step"; "penalty",
             R_α; "gradient_norm", ‖∂R_α/∂K‖_F; "learning_rate", the λ of the step taken from there (NaN
             at the last row); "sigma_max" and "sigma_min", NaN at the steps where they were not measured.
+            A descent that diverged has one row more, that of the kernel whose penalty is not finite.
     """
 
     kernel: np.ndarray
@@ -52,7 +56,7 @@ class DescentResult:
 
     @property
     def converged(self) -> bool:
-        """Whether a tolerance was reached."""
+        """Whether a tolerance was reached: that on σ, or `gradient_tolerance`, which says nothing of σ."""
         return self.reason in (StopReason.CONVERGED, StopReason.STATIONARY)
 
 
@@ -91,7 +95,8 @@ def regularize_kernel(
         input_size: Spatial size of the input image, an int or one int per axis.
         alpha: α, the target of σ². Positive.
         learning_rate: λ: "paper" (`paper_schedule`), a positive number, or a function of the step such as
-            a Keras `LearningRateSchedule`.
+            a Keras `LearningRateSchedule`. The gradient grows with the image, so λ has to shrink with it:
+            the paper's suits images of about 20×20, and diverges from about 28×28 on.
         max_steps: Steps to take at the most.
         tolerance: Stop where max(|σmax − √α|, |σmin − √α|), equation (1.1), is no larger; 0 never does.
             σ is measured at each of the first 40 steps, then
@@ -128,6 +133,8 @@ def regularize_kernel(
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {GRADIENTS}. Received: gradient={gradient!r}")
     schedule = _schedule(learning_rate)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable. Received: callback={reprlib.repr(callback)}")
     kernel = as_kernel(kernel)
     conv = Convolution.of(kernel.shape, input_size, geometry)
     function = _penalty_and_gradient(conv, alpha, check_method(method), gradient)
@@ -161,7 +168,7 @@ def regularize_kernel(
             reason = StopReason.STOPPED
         if reason is None:
             row["learning_rate"] = schedule(step)
-            previous, kernel = kernel, kernel - tf.cast(0.5 * row["learning_rate"], kernel.dtype) * slope
+            previous, kernel = kernel, kernel - _scalar(0.5 * row["learning_rate"], kernel.dtype) * slope
 
     reached = rows[-2 if reason is StopReason.DIVERGED and len(rows) > 1 else -1]
     if np.isfinite(reached["penalty"]) and np.isnan(reached["sigma_max"]):
@@ -174,7 +181,9 @@ def _measure(conv: Convolution, tolerance: float) -> Callable[[np.ndarray], tupl
     """A function that returns (σmax, σmin) of a kernel, or NaN where they cannot be had, without raising."""
     accuracy = min(1e-6, 1e-3 * max(tolerance, 1e-9))
     try:
-        extremes = extremes_of(conv.kernel_shape, conv.input_size, accuracy=accuracy, **conv.geometry)
+        extremes = extremes_of(
+            conv.kernel_shape, conv.input_size, accuracy=accuracy, dense_rows=DENSE_ROWS, **conv.geometry
+        )
     except ValueError as error:
         if tolerance == 0:
             return lambda kernel: (np.nan, np.nan)
@@ -199,10 +208,15 @@ def _interval(step: int) -> int:
     return decade * max(n for n in (1, 2, 5) if n * decade <= most)
 
 
+def _scalar(value: float, dtype: tf.DType) -> np.generic:
+    with np.errstate(over="ignore"):  # infinite steps end as divergence
+        return dtype.as_numpy_dtype(value)
+
+
 def _schedule(learning_rate) -> Callable[[int], float]:
-    if learning_rate == "paper":
-        return paper_schedule
     if isinstance(learning_rate, str):
+        if learning_rate == "paper":
+            return paper_schedule
         raise ValueError(
             'learning_rate must be "paper", a positive number or a function of the step. '
             f"Received: learning_rate={learning_rate!r}"
@@ -213,6 +227,7 @@ def _schedule(learning_rate) -> Callable[[int], float]:
     return lambda step: constant
 
 
+@functools.lru_cache(maxsize=64)  # tracing takes longer than a hundred small steps
 def _penalty_and_gradient(conv: Convolution, alpha: float, method: str, gradient: str):
     """One traced function of the kernel that returns R_α and ∂R_α/∂K."""
 

@@ -1,9 +1,8 @@
 """Files the commands read and write: read without unpickling, written whole or not at all."""
 
-import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,10 +21,9 @@ def read_kernel(path: str) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise BadInput(f"KERNEL cannot be read ({error.strerror or error}). Received: {path}") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, MemoryError):  # the last where a damaged header claims a huge shape
         raise BadInput(
-            "KERNEL must be a whole .npy file of plain numbers; pickles are refused. "
-            f"Received: {path} ({error})"
+            f"KERNEL must be a whole .npy file of plain numbers; pickles are refused. Received: {path}"
         ) from None
     if not isinstance(array, np.ndarray):
         array.close()
@@ -38,46 +36,56 @@ class OutputFile:
 
     def __init__(self, option: str, path: str, *, force: bool):
         """Makes sure now, before any work, that the file can be written later."""
-        self.path = Path(path).resolve()
+        self.path = Path(path)
         self._option, self._force = option, force
-        if self.path.exists() and not self.path.is_file():
-            raise BadInput(f"{option} must be a file to write. Received: {path}, which is none")
-        self._refuse_existing()
         try:
-            handle, name = tempfile.mkstemp(prefix=f".{self.path.name}.", dir=self.path.parent)
-        except OSError as error:
-            raise BadInput(f"{option} cannot be written ({error.strerror}). Received: {path}") from None
-        os.close(handle)
-        self._temporary = Path(name)
+            self.path = self.path.resolve()
+            if self.path.exists() and not self.path.is_file():
+                raise BadInput(f"{option} must be a file to write. Received: {path!r}, which is none")
+            self._refuse_existing()
+            self._make_temporary().unlink()
+        except (OSError, RuntimeError) as error:  # resolve() raises the latter for links in a circle
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"{option} cannot be written ({reason}). Received: {path}") from None
 
     def write(self, writer: Callable[[BinaryIO], None]) -> None:
         """Calls `writer` with an open binary file, then puts the file in its place."""
-        with self._temporary.open("wb") as file:
-            writer(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        self._temporary.chmod(0o666 & ~umask)  # temporary files are private, results are not
-        self._refuse_existing()
-        os.replace(self._temporary, self.path)
+        temporary = None
+        try:
+            temporary = self._make_temporary()
+            with temporary.open("wb") as file:
+                writer(file)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # temporary files are private, results are not
+            self._refuse_existing()
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise BadInput(f"{self._option} cannot be written ({error.strerror}): {self.path}") from None
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
 
-    def discard(self) -> None:
-        """Leaves no trace of a file that was not written."""
-        self._temporary.unlink(missing_ok=True)
+    def _make_temporary(self) -> Path:
+        handle, name = tempfile.mkstemp(prefix=f".{self.path.name[:100]}.", dir=self.path.parent)
+        os.close(handle)
+        return Path(name)
 
     def _refuse_existing(self):
         if self.path.exists() and not self._force:
             raise BadInput(f"{self._option} exists; --force overwrites it. Received: {self.path}")
 
 
-@contextlib.contextmanager
-def output_files(paths: dict[str, str | None], *, force: bool) -> Iterator[dict[str, OutputFile]]:
-    """Yields an `OutputFile` for each option that has a path; those not written leave no trace."""
+def output_files(
+    paths: dict[str, str | None], *, force: bool, inputs: Sequence[str] = ()
+) -> dict[str, OutputFile]:
+    """Returns an `OutputFile` for each option with a path; no two of them, and no input, may be one file."""
     given = {option: path for option, path in paths.items() if path is not None}
-    if len({Path(path).resolve() for path in given.values()}) < len(given):
-        raise BadInput(f"{', '.join(given)} must be different files. Received: {', '.join(given.values())}")
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for option, path in given.items():
-            files[option] = OutputFile(option, path, force=force)
-            stack.callback(files[option].discard)
-        yield files
+    files = {option: OutputFile(option, path, force=force) for option, path in given.items()}
+    every = [*(file.path for file in files.values()), *(Path(path).resolve() for path in inputs)]
+    if len(set(every)) < len(every):
+        raise BadInput(
+            f"{', '.join(given)} must be different files, and none of them the input. "
+            f"Received: {', '.join([*given.values(), *inputs])}"
+        )
+    return files

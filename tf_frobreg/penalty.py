@@ -173,7 +173,7 @@ def evaluate(kernel: tf.Tensor, conv: Convolution, alpha: float, method: str) ->
     gram = tf.matmul(matrix, matrix, transpose_a=not wide, transpose_b=wide)
     residual = gram - alpha * tf.eye(min(rows, columns), dtype=kernel.dtype)
     # ‖MᵀM − αI‖² and ‖MMᵀ − αI‖² differ by the zero eigenvalues that only the larger Gram has.
-    return tf.reduce_sum(residual**2) + alpha**2 * max(0, columns - rows)
+    return tf.reduce_sum(residual**2) + _zeros(max(0, columns - rows), alpha)
 
 
 def evaluate_gradient(
@@ -194,7 +194,12 @@ def check_method(method: str) -> str:
 
 
 def _floor(conv, alpha):
-    return alpha**2 * (conv.shape[1] - closed_form(conv).gram_size)
+    return _zeros(conv.shape[1] - closed_form(conv).gram_size, alpha)
+
+
+def _zeros(count: int, alpha: float) -> float:
+    """What `count` zero eigenvalues cost; nothing, where there are none, even if α² is beyond all floats."""
+    return count * alpha * alpha if count else 0.0
 
 
 def _dense_matrix(kernel, conv):

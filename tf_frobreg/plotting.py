@@ -1,6 +1,7 @@
 """Figures."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,6 +18,9 @@ def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Fi
     Args:
         results: One result of `regularize_kernel`, or several by the title of their panel.
 
+    Raises:
+        ValueError: Where there is nothing to draw.
+
     Returns:
         A figure with one panel per result; `figure.savefig(path)` writes it. The steps are on a
         logarithmic scale (step + 1): the paper's step sizes do most of their work in the first twenty.
@@ -30,6 +34,10 @@ def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Fi
     """
     if isinstance(results, DescentResult):
         results = {"": results}
+    if not isinstance(results, Mapping) or not results:
+        raise ValueError(
+            f"results must be a DescentResult or a non-empty dict of them. Received: {reprlib.repr(results)}"
+        )
     columns = math.ceil(math.sqrt(len(results)))
     rows = math.ceil(len(results) / columns)
     figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")

@@ -8,6 +8,7 @@ from typing import NamedTuple, Unpack
 import numpy as np
 import scipy.linalg
 import scipy.sparse
+import tensorflow as tf
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from tf_frobreg.checks import as_kernel, check_memory, check_number
@@ -56,7 +57,7 @@ def singular_values(kernel, input_size, **geometry: Unpack[Geometry]) -> np.ndar
         >>> print(singular_values(np.roll(kernel, 1, axis=1), (1, 4)))
         [1. 1. 1. 0.]
     """
-    kernel = as_kernel(kernel).numpy()
+    kernel = _values(kernel)
     index = toeplitz_indices(kernel.shape, input_size, **geometry)
     _check_dense(index.dense_shape, 3 * math.prod(index.dense_shape))
     return scipy.linalg.svdvals(_sparse_matrix(kernel, index).toarray(), overwrite_a=True)
@@ -89,27 +90,38 @@ def extreme_singular_values(
         >>> print(f"{extremes.sigma_max:.3f} {extremes.sigma_min:.3f}")
         10.945 1.524
     """
-    kernel = as_kernel(kernel).numpy()
+    kernel = _values(kernel)
     return extremes_of(kernel.shape, input_size, accuracy=accuracy, **geometry)(kernel)
 
 
 def extremes_of(
-    kernel_shape: Sequence[int], input_size, *, accuracy: float, **geometry: Unpack[Geometry]
+    kernel_shape: Sequence[int],
+    input_size,
+    *,
+    accuracy: float,
+    dense_rows: float = math.inf,
+    **geometry: Unpack[Geometry],
 ) -> Callable[[np.ndarray], ExtremeSingularValues]:
-    """Returns `extreme_singular_values` as a function of the kernel alone, its index of M made once."""
+    """Returns `extreme_singular_values` as a function of the kernel alone, its index of M made once.
+
+    Where Lanczos fails on a Gram matrix of more than `dense_rows` rows, it returns NaN.
+    """
     accuracy = check_number("accuracy", accuracy, exclusive=True)
     index = toeplitz_indices(kernel_shape, input_size, **geometry)
 
     def extremes(kernel):
-        matrix = _sparse_matrix(kernel, index)
+        scale = np.abs(kernel).max().astype(np.float64) or 1.0  # σ² of tiny or huge kernels has no float
+        matrix = _sparse_matrix(kernel / scale, index)
         if matrix.shape[0] < matrix.shape[1]:
             matrix = matrix.T
         gram = (matrix.T @ matrix).tocsr()
         eigenvalues = _lanczos_ends(gram, accuracy) if gram.shape[0] > SMALL else None
         if eigenvalues is None:
+            if gram.shape[0] > dense_rows:
+                return ExtremeSingularValues(math.nan, math.nan)
             _check_dense(gram.shape, 3 * gram.shape[0] ** 2)
             eigenvalues = scipy.linalg.eigvalsh(gram.toarray(), overwrite_a=True)
-        return ExtremeSingularValues(*(float(np.sqrt(max(eigenvalues[i], 0.0))) for i in (-1, 0)))
+        return ExtremeSingularValues(*(float(scale * np.sqrt(max(eigenvalues[i], 0.0))) for i in (-1, 0)))
 
     return extremes
 
@@ -132,6 +144,13 @@ def _lanczos_ends(gram, accuracy):
         return None
     # A spectrum of a few exact values exhausts the Krylov space at once, and ARPACK then misses some of them.
     return np.sort(ends) if next(products) > size + 2 else None
+
+
+def _values(kernel) -> np.ndarray:
+    """The kernel as an array, if its values are known."""
+    if not tf.executing_eagerly():
+        raise TypeError("kernel must have known values: singular values cannot be had inside a tf.function")
+    return as_kernel(kernel).numpy()
 
 
 def _sparse_matrix(kernel: np.ndarray, index: ToeplitzIndices) -> scipy.sparse.csr_array:
