@@ -227,7 +227,7 @@ def _schedule(learning_rate) -> Callable[[int], float]:
     return lambda step: constant
 
 
-@functools.lru_cache(maxsize=64)  # tracing takes longer than a hundred small steps
+@functools.lru_cache(maxsize=8)  # tracing takes longer than a hundred small steps
 def _penalty_and_gradient(conv: Convolution, alpha: float, method: str, gradient: str):
     """One traced function of the kernel that returns R_α and ∂R_α/∂K."""
 
