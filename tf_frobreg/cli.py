@@ -8,19 +8,16 @@ import contextlib
 import csv
 import io
 import os
-import signal
 import sys
 import tempfile
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tf_frobreg import __version__
 from tf_frobreg.files import BadInput, output_files, read_kernel
+from tf_frobreg.terminal import progress_display, show, stop_request
 
 __all__ = ["main"]
 
@@ -140,8 +137,8 @@ def _reproduce(options) -> int:
     figure_file, history_file = output_files(outputs, force=options.force).values()
     library = _library()
     results = {}
-    with _stop_request() as stop:
-        with _progress() as progress:
+    with stop_request() as stop:
+        with progress_display() as progress:
             for shape in PAPER_SHAPES:
                 title = "×".join(map(str, shape))
                 kernel = _paper_kernel(shape, options.distribution, options.seed)
@@ -152,7 +149,7 @@ def _reproduce(options) -> int:
         figure = library.plotting.plot_convergence(results)
         figure_file.write(lambda file: figure.savefig(file, format="png", dpi=120))
         history_file.write(lambda file: _write_history(file, results))
-    _show(
+    show(
         _paper_table(results, library),
         *(f"{title}: {_summary(result)}" for title, result in results.items()),
         f"Wrote {base}.png and {base}.csv",
@@ -179,8 +176,8 @@ def _regularize(options) -> int:
         "groups": options.groups,
         "kind": options.kind,
     }
-    with _stop_request() as stop:
-        with _progress() as progress:
+    with stop_request() as stop:
+        with progress_display() as progress:
             title = "×".join(map(str, kernel.shape))
             arguments = {"alpha": options.alpha, "learning_rate": options.learning_rate, **geometry}
             result = _descend(library, progress, title, stop, options, kernel, size, **arguments)
@@ -192,8 +189,8 @@ def _regularize(options) -> int:
         if "--history" in files:
             files["--history"].write(lambda file: _write_history(file, {options.kernel: result}))
     floor = library.penalty.penalty_floor(kernel.shape, size, alpha=options.alpha, **geometry)
-    _show(
-        _summary(result, interrupted=stop.pressed),
+    show(
+        _summary(result),
         f"R = {result.penalty:.6g} (lower bound for this shape: {floor:.6g})",
         f"Wrote {', '.join(str(file.path) for file in files.values())}",
     )
@@ -261,8 +258,10 @@ def _significant(value: float) -> str:
     return f"{value:,.2f}" if value >= 100 else f"{value:.4g}"
 
 
-def _summary(result, *, interrupted: bool = False) -> str:
-    reason = "not converged: interrupted, what was reached is kept" if interrupted else result.reason.value
+def _summary(result) -> str:
+    reason = result.reason.value
+    if result.reason.name == "STOPPED":  # the callback stops for nothing but Ctrl-C
+        reason = "not converged: interrupted, what was reached is kept"
     sigma = (result.history[name][result.num_steps] for name in ("sigma_max", "sigma_min"))
     return f"{reason}; step {result.num_steps}, σmax = {next(sigma):.5g}, σmin = {next(sigma):.5g}"
 
@@ -278,54 +277,6 @@ def _write_history(file, results) -> None:
             writer.writerow([title, *("" if np.isnan(value) else value for value in row)])
     text.flush()
     text.detach()
-
-
-def _show(*lines) -> None:
-    """Prints tables and lines; a standard output that is gone or full does not undo what was written."""
-    console = Console(markup=False, highlight=False)
-    try:
-        for line in lines:
-            console.print(line, soft_wrap=isinstance(line, str))
-        sys.stdout.flush()
-    except (OSError, SystemExit) as error:  # rich turns a broken pipe into the latter
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        reason = getattr(error, "strerror", None) or "closed"
-        print(f"The files are written; standard output is not: {reason}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress display that appears with its first task, and so leaves bad input its one line."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("R = {task.fields[penalty]:.6g}"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    )
-    try:
-        yield progress
-    finally:
-        if progress.tasks:
-            progress.stop()
-
-
-@contextlib.contextmanager
-def _stop_request() -> Iterator[types.SimpleNamespace]:
-    """Yields what tells whether Ctrl-C was `pressed`; a second one ends all but what is `writing`."""
-    request = types.SimpleNamespace(pressed=False, writing=False)
-
-    def note(*_):
-        if request.pressed and not request.writing:
-            raise KeyboardInterrupt
-        request.pressed = True
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _library():

@@ -26,7 +26,7 @@ __all__ = ["ClosedForm", "closed_form"]
 
 # Entries up to which one combined member matrix beats one per axis, which move the blocks twice.
 COMBINED = 4096
-# Peak memory of value and gradient, in units of the blocks K[p, q] K[r, s]ᵀ: measured 2.8.
+# Peak memory of value and gradient, in units of the blocks K[p, q] K[r, s]ᵀ: measured 2.8 for 7×7×512×512.
 BLOCK_COPIES = 3
 
 

@@ -1,0 +1,61 @@
+"""Between the commands and the terminal: progress, Ctrl-C, and an output that may be gone."""
+
+import contextlib
+import os
+import signal
+import sys
+import types
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+__all__ = ["progress_display", "show", "stop_request"]
+
+
+def show(*lines) -> None:
+    """Prints tables and lines; a standard output that is gone or full does not undo what was written."""
+    console = Console(markup=False, highlight=False)
+    try:
+        for line in lines:
+            console.print(line, soft_wrap=isinstance(line, str))
+        sys.stdout.flush()
+    except (OSError, SystemExit) as error:  # rich turns a broken pipe into the latter
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = getattr(error, "strerror", None) or "closed"
+        print(f"The files are written; standard output is not: {reason}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress_display() -> Iterator[Progress]:
+    """A progress display that appears with its first task, and so leaves bad input its one line."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("R = {task.fields[penalty]:.6g}"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+    try:
+        yield progress
+    finally:
+        if progress.tasks:
+            progress.stop()
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[types.SimpleNamespace]:
+    """Yields what tells whether Ctrl-C was `pressed`; a second one ends all but what is `writing`."""
+    request = types.SimpleNamespace(pressed=False, writing=False)
+
+    def note(*_):
+        if request.pressed and not request.writing:
+            raise KeyboardInterrupt
+        request.pressed = True
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGINT, previous)
