@@ -84,10 +84,7 @@ def test_reproduce_exits_1_where_a_kernel_does_not_converge(tmp_path, capfd):
 def test_regularize_writes_kernel_plot_and_history(kernel, tmp_path, capfd):
     outputs = [tmp_path / name for name in ("new.npy", "plot.svg", "history.csv")]
     options = ["--output", outputs[0], "--plot", outputs[1], "--history", outputs[2]]
-    assert (
-        main(["regularize", str(kernel), "--input-size", "8", "9", "--max-steps", "9999", *map(str, options)])
-        == 0
-    )
+    assert main(["regularize", str(kernel), "--input-size", "8", "9", *map(str, options)]) == 0
     printed = capfd.readouterr()
     assert "tensorflow" not in printed.err.lower()
     assert "0000 00:00" not in printed.err  # the head of TensorFlow's own messages
@@ -97,7 +94,8 @@ def test_regularize_writes_kernel_plot_and_history(kernel, tmp_path, capfd):
     assert b"<svg" in outputs[1].read_bytes()
     history = rows(outputs[2])
     assert [int(row["step"]) for row in history] == list(range(len(history)))
-    assert history[41]["sigma_max"] == ""
+    assert all(row["sigma_max"] for row in history[:20])
+    assert history[-1]["learning_rate"] == ""
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -243,7 +241,7 @@ def test_bad_kernel_files(kind, message, tmp_path, capfd):
             ["--input-size", "8", "--alpha", "nan"],
             "alpha must be a finite number above 0. Received: alpha=nan",
         ),
-        (["--input-size", "8", "--learning-rate", "fast"], "must be \"paper\" or a number. Received: 'fast'"),
+        (["--input-size", "8", "--learning-rate", "fast"], "\"paper\" or a number. Received: 'fast'"),
         (["--input-size", "8", "--learning-rate", "-1"], "learning_rate must be a finite number above 0"),
         (["--input-size", "8", "--tolerance", "-1"], "tolerance must be"),
         (["--input-size", "8", "--max-steps", "-1"], "max_steps must be at least 0"),

@@ -11,11 +11,12 @@ _run_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __n
 _run_as_script = os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") == "tf-frobreg"
 
 if not (_run_as_module or _run_as_script):
-    from tf_frobreg.descent import DescentResult, StopReason, paper_schedule, regularize_kernel
+    from tf_frobreg.descent import DescentResult, StopReason, regularize_kernel
     from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_excess, penalty_floor
     from tf_frobreg.plotting import plot_convergence
     from tf_frobreg.regularizers import FrobeniusRegularizer
     from tf_frobreg.spectrum import extreme_singular_values, singular_values
+    from tf_frobreg.steps import paper_schedule
     from tf_frobreg.toeplitz import index_set, toeplitz_indices, transformation_matrix
 
 __all__ = [

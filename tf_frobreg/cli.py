@@ -104,9 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     regularize.add_argument(
         "--learning-rate",
         type=_learning_rate,
-        default="paper",
-        help='λ, which multiplies half the gradient as in (3.2): a number, or "paper" (default), whose steps '
-        "suit images of about 20×20; larger ones need less",
+        default="exact",
+        help='λ, which multiplies half the gradient as in (3.2): "exact" (default), the best one at each '
+        'step; "paper", whose steps suit images of about 20×20; or a number',
+    )
+    regularize.add_argument(
+        "--direction",
+        choices=("gradient", "conjugate"),
+        help='of the steps (default: "conjugate" with --learning-rate exact, "gradient" otherwise)',
     )
     regularize.add_argument("--strides", help="of the layer (default: 1)", default=[1], **size)
     regularize.add_argument("--dilation-rate", help="of the layer (default: 1)", default=[1], **size)
@@ -120,12 +125,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _learning_rate(text: str) -> str | float:
-    if text == "paper":
+    if text in ("exact", "paper"):
         return text
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f'must be "paper" or a number. Received: {text!r}') from None
+        raise argparse.ArgumentTypeError(
+            f'must be "exact", "paper" or a number. Received: {text!r}'
+        ) from None
 
 
 def _reproduce(options) -> int:
@@ -142,7 +149,17 @@ def _reproduce(options) -> int:
             for shape in PAPER_SHAPES:
                 title = "×".join(map(str, shape))
                 kernel = _paper_kernel(shape, options.distribution, options.seed)
-                results[title] = _descend(library, progress, title, stop, options, kernel, PAPER_SIZE)
+                results[title] = _descend(
+                    library,
+                    progress,
+                    title,
+                    stop,
+                    options,
+                    kernel,
+                    PAPER_SIZE,
+                    learning_rate="paper",
+                    measure="often",
+                )
                 if stop.pressed:
                     raise KeyboardInterrupt
         stop.writing = True
@@ -179,7 +196,13 @@ def _regularize(options) -> int:
     with stop_request() as stop:
         with progress_display() as progress:
             title = "×".join(map(str, kernel.shape))
-            arguments = {"alpha": options.alpha, "learning_rate": options.learning_rate, **geometry}
+            arguments = {
+                "alpha": options.alpha,
+                "learning_rate": options.learning_rate,
+                "direction": options.direction,
+                "measure": "often" if options.plot or options.history else "rarely",
+                **geometry,
+            }
             result = _descend(library, progress, title, stop, options, kernel, size, **arguments)
         stop.writing = True
         files["--output"].write(lambda file: np.save(file, result.kernel))

@@ -119,15 +119,45 @@ class ClosedForm:
         taps, residuals = self._residuals(kernel, alpha)
         return _half_squares(residuals), self._gradient(taps, residuals)
 
+    def line(self, kernel: tf.Tensor, direction: tf.Tensor, alpha: float) -> list[tf.Tensor]:
+        """[c1, c2, c3, c4] of ‖Gram(K + tD) − αI‖²_F = value + c1 t + c2 t² + c3 t³ + c4 t⁴.
+
+        The residual is E0 + t·E1 + t²·E2: the coefficients are inner products of the three, and so keep their
+        digits where differences of values would lose them.
+        """
+        if not self.parts:
+            return [tf.zeros((), kernel.dtype)] * 4
+        taps, zeroth = self._residuals(kernel, alpha)
+        blocks = self._blocks(direction)
+        coefficients = [[], [], [], []]
+        for part, (left, right), e0 in zip(self.parts, taps, zeroth, strict=True):
+            new_left, new_right = (_rows(blocks, ends) for ends in part.pairs.T)
+            # K Dᵀ + D Kᵀ in one product, the factors side by side
+            e1 = _class_sums(part, tf.concat([left, new_left], -1), tf.concat([new_right, right], -1))
+            e2 = _class_sums(part, new_left, new_right)
+            terms = (
+                _inner(e0, e1),
+                tf.nn.l2_loss(e1) + _inner(e0, e2),
+                _inner(e1, e2),
+                tf.nn.l2_loss(e2),
+            )
+            for found, term in zip(coefficients, terms, strict=True):
+                found.append(term)
+        return [tf.add_n(terms) for terms in coefficients]
+
+    def _blocks(self, kernel):
+        """The taps as (first axis, other axes, groups, g, h), with g the side of Gram's blocks."""
+        blocks = self.conv.by_group(kernel, tf)
+        if self.side == "output":
+            blocks = tf.linalg.matrix_transpose(blocks)
+        return tf.reshape(blocks, (self._first_size(), -1, *blocks.shape[-3:]))
+
     def _residuals(self, kernel, alpha):
         """The taps K[p] and K[r] of each part's pairs, (pairs, other axes, groups, g, h), and its residual.
 
         The residual is √(2n)·(Gram − αI), as one block per class: (classes, groups, g, g).
         """
-        blocks = self.conv.by_group(kernel, tf)
-        if self.side == "output":
-            blocks = tf.linalg.matrix_transpose(blocks)
-        blocks = tf.reshape(blocks, (self._first_size(), -1, *blocks.shape[-3:]))
+        blocks = self._blocks(kernel)
         count, (_, rest, groups, g, _) = sum(len(part.pairs) for part in self.parts), blocks.shape
         check_memory(
             BLOCK_COPIES * kernel.dtype.size * count * rest**2 * groups * g**2,
@@ -137,9 +167,7 @@ class ClosedForm:
         taps, residuals = [], []
         for part in self.parts:
             left, right = (_rows(blocks, ends) for ends in part.pairs.T)
-            products = tf.matmul(left[:, :, None], right[:, None], transpose_b=True)
-            residual = _contract(part.members, products)
-            residual = tf.reshape(residual, (-1, *products.shape[-3:]))
+            residual = _class_sums(part, left, right)
             if part.target is not None:
                 target = alpha * _constant(part.target[:, None, None], kernel)
                 residual = tf.linalg.set_diag(residual, tf.linalg.diag_part(residual) - target)
@@ -197,6 +225,16 @@ def _joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) ->
 def _outer(vectors: Iterable[np.ndarray]) -> np.ndarray:
     """All products of one entry of each vector, flat."""
     return reduce(np.kron, vectors, np.ones(1, dtype=np.int64))
+
+
+def _class_sums(part: Part, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """√(2n) Σ left[p, q] right[r, s]ᵀ over the pairs of each class: (classes, groups, g, g)."""
+    products = tf.matmul(left[:, :, None], right[:, None], transpose_b=True)
+    return tf.reshape(_contract(part.members, products), (-1, *products.shape[-3:]))
+
+
+def _inner(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(left * right)
 
 
 def _half_squares(residuals: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -1,25 +1,21 @@
-"""Algorithm 3.1: gradient descent on the penalty of one kernel."""
+"""Algorithm 3.1: descent on the penalty of one kernel."""
 
 import dataclasses
 import enum
-import functools
-import math
 import reprlib
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
-import tensorflow as tf
 
 from tf_frobreg.checks import as_kernel, check_integer, check_number
+from tf_frobreg.convergence import Convergence
 from tf_frobreg.convolution import Convolution, Geometry
-from tf_frobreg.penalty import check_method, evaluate, evaluate_gradient
-from tf_frobreg.spectrum import extremes_of
+from tf_frobreg.penalty import check_method, floor
+from tf_frobreg.steps import Point, Steps
 
-__all__ = ["DescentResult", "StopReason", "paper_schedule", "regularize_kernel"]
+__all__ = ["DescentResult", "StopReason", "regularize_kernel"]
 
-GRADIENTS = ("theorem", "tape")
-DENSE_ROWS = 2000  # up to which σ may take a dense eigensolver, 0.4 s, when Lanczos fails
 COLUMNS = ("step", "penalty", "gradient_norm", "learning_rate", "sigma_max", "sigma_min")
 
 
@@ -28,24 +24,25 @@ class StopReason(enum.Enum):
 
     CONVERGED = "converged: σmax and σmin are within the tolerance of √α"
     STATIONARY = "converged: the gradient is below its tolerance"
+    STALLED = "not converged: in this precision R falls no further from here"
     MAX_STEPS = "not converged: out of steps"
-    DIVERGED = "diverged: the penalty is no longer finite, λ is too large; the last finite kernel is kept"
+    DIVERGED = "diverged: the penalty is no longer finite, λ is too large; the kernel with the lowest is kept"
     STOPPED = "not converged: stopped by the callback"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DescentResult:
-    """What a descent reached.
+    """What a descent reached. Given to `regularize_kernel` in place of a kernel, it is continued.
 
     Attributes:
         kernel: The kernel, an array of the shape and dtype of the one given.
         penalty: R_α of `kernel`.
-        num_steps: Steps taken from the kernel given to `kernel`.
+        num_steps: Steps taken from the kernel first given to `kernel`.
         reason: A `StopReason`; `reason.value` is a sentence.
         history: Columns of equal length, one row per step from 0 (before any step) on: "step"; "penalty",
             R_α; "gradient_norm", ‖∂R_α/∂K‖_F; "learning_rate", the λ of the step taken from there (NaN
             at the last row); "sigma_max" and "sigma_min", NaN at the steps where they were not measured.
-            A descent that diverged has one row more, that of the kernel whose penalty is not finite.
+            Where a descent diverged there are rows beyond `num_steps`, up to the penalty that is not finite.
     """
 
     kernel: np.ndarray
@@ -53,6 +50,7 @@ class DescentResult:
     num_steps: int
     reason: StopReason
     history: dict[str, np.ndarray]
+    _state: "_State" = dataclasses.field(repr=False)
 
     @property
     def converged(self) -> bool:
@@ -60,14 +58,14 @@ class DescentResult:
         return self.reason in (StopReason.CONVERGED, StopReason.STATIONARY)
 
 
-def paper_schedule(step: int) -> float:
-    """Returns the paper's λ for a step (section 4): 1e-5 for 10 steps, 1e-4 for 10 more, then 1e-3.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _State:
+    """What a descent needs to go on as if it had not stopped."""
 
-    Example:
-        >>> [paper_schedule(step) for step in (0, 9, 10, 19, 20, 1000)]
-        [1e-05, 1e-05, 0.0001, 0.0001, 0.001, 0.001]
-    """
-    return 1e-5 if step < 10 else 1e-4 if step < 20 else 1e-3
+    conv: Convolution
+    alpha: float
+    point: Point | None
+    steps: Any
 
 
 def regularize_kernel(
@@ -75,37 +73,48 @@ def regularize_kernel(
     input_size,
     *,
     alpha: float = 1.0,
-    learning_rate: str | float | Callable = "paper",
+    learning_rate="exact",
+    direction: str | None = None,
     max_steps: int = 2000,
     tolerance: float = 0.01,
     gradient_tolerance: float = 0.0,
+    measure: str = "rarely",
     gradient: str = "theorem",
     method: str = "closed_form",
     callback: Callable[[int, np.ndarray, float], bool | None] | None = None,
     **geometry: Unpack[Geometry],
 ) -> DescentResult:
-    """Runs Algorithm 3.1: K ← K − λG, with G = ½ ∂R_α/∂K as in equation (3.2).
+    """Runs Algorithm 3.1, K ← K + λD with D = −G, G = ½ ∂R_α/∂K as in equation (3.2), or a better D and λ.
+
+    As it stands it needs no tuning: R_α(K + tD) is a polynomial of degree 4 in t, and "exact" goes to its
+    lowest point at each step. It never increases R_α and cannot diverge. The paper's own algorithm is
+    `learning_rate="paper"`.
 
     (3.2) is half the derivative of R_α, and the step sizes printed in the paper belong to it: with the
     whole derivative the same steps overshoot and oscillate for ever. Every λ here multiplies (3.2).
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable. It
-            is not modified.
+            is not modified. A `DescentResult` is continued: steps, history, conjugate directions and the
+            state of a Keras optimizer go on from there, while `max_steps` counts the new steps.
         input_size: Spatial size of the input image, an int or one int per axis.
         alpha: α, the target of σ². Positive.
-        learning_rate: λ: "paper" (`paper_schedule`), a positive number, or a function of the step such as
-            a Keras `LearningRateSchedule`. The gradient grows with the image, so λ has to shrink with it:
+        learning_rate: λ: "exact"; "paper" (`paper_schedule`); a positive number; a function of the step
+            such as a Keras `LearningRateSchedule`; or a Keras optimizer, of which a copy makes the steps from
+            the gradients (3.2). The gradient grows with the image, so a λ of one's own has to shrink with it:
             the paper's suits images up to about 22×22; a 3×3×3×6 kernel oscillates with it at 24×24 and
             diverges at 32×32.
+        direction: D: "gradient" for −G or "conjugate" for Polak–Ribière+ directions, which restart where
+            they would ascend. By default "conjugate" with "exact", "gradient" otherwise.
         max_steps: Steps to take at the most.
         tolerance: Stop where max(|σmax − √α|, |σmin − √α|), equation (1.1), is no larger; 0 never does.
-            σ is measured at each of the first 40 steps, then at round intervals of at most a twentieth of
-            the steps so far. It needs the memory of M as a sparse matrix.
         gradient_tolerance: Stop where ‖∂R_α/∂K‖_F is no larger; 0 never does.
+        measure: How often σ is measured. "rarely": where R_α leaves open whether the tolerance is reached,
+            which a few looks tell, and at the end. "often": besides, at each of the first 40 steps, then at
+            round intervals of at most a twentieth of the steps so far, for a figure such as Figure 4.1.
         gradient: Where G comes from: "theorem" (the formula of `frobenius_gradient`) or "tape"
             (`tf.GradientTape` through `frobenius_penalty`).
-        method: As for `frobenius_penalty`.
+        method: As for `frobenius_penalty`, for R_α and G; the exact step uses the closed form.
         callback: Called as `callback(step, kernel, penalty)` at every step before it is taken; the
             descent stops where it returns True.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
@@ -120,125 +129,77 @@ def regularize_kernel(
     Example:
         >>> start = np.random.RandomState(1).randn(3, 3, 1, 3)
         >>> result = regularize_kernel(start, 20)
-        >>> print(result.num_steps, result.reason.value)
-        1500 converged: σmax and σmin are within the tolerance of √α
-        >>> for name in ("sigma_max", "sigma_min"):
-        ...     print(name, result.history[name][[0, 20, -1]].round(2))
-        sigma_max [8.45 1.26 1.  ]
-        sigma_min [2.07 0.54 0.99]
+        >>> print(result.num_steps < 100, result.reason.value)
+        True converged: σmax and σmin are within the tolerance of √α
+        >>> print(result.history["sigma_max"][-1].round(2), result.history["sigma_min"][-1].round(2))
+        1.0 0.99
+        >>> print(regularize_kernel(start, 20, learning_rate="paper").num_steps > 1000)
+        True
+        >>> further = regularize_kernel(result, 20, tolerance=0.005)
+        >>> print(further.num_steps > result.num_steps, len(further.history["step"]) == further.num_steps + 1)
+        True True
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     tolerance = check_number("tolerance", tolerance)
     gradient_tolerance = check_number("gradient_tolerance", gradient_tolerance)
     max_steps = check_integer("max_steps", max_steps, minimum=0)
-    if gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {GRADIENTS}. Received: gradient={gradient!r}")
-    schedule = _schedule(learning_rate)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable. Received: callback={reprlib.repr(callback)}")
-    kernel = as_kernel(kernel)
+    before = kernel if isinstance(kernel, DescentResult) else None
+    kernel = as_kernel(before.kernel if before else kernel)
     conv = Convolution.of(kernel.shape, input_size, geometry)
-    function = _penalty_and_gradient(conv, alpha, check_method(method), gradient)
+    steps = Steps(conv, alpha, learning_rate, direction, gradient, check_method(method))
+    convergence = Convergence(conv, alpha, tolerance, measure)
+    point, rows = _resume(before, steps, conv, alpha) if before else (None, [])
+    if point is None:
+        point = steps.start(kernel)
+    penalty_floor = floor(conv, alpha)
 
-    extremes = _measure(conv, tolerance)
-
-    def distance(kernel, row):  # (1.1); NaN where it cannot be measured
-        row["sigma_max"], row["sigma_min"] = extremes(kernel.numpy())
-        return max(abs(row["sigma_max"] - alpha**0.5), abs(row["sigma_min"] - alpha**0.5))
-
-    rows, reason, measured_next, previous = [], None, 0, kernel
+    first, best, reason = len(rows), None, None
     while reason is None:
         step = len(rows)
-        penalty, slope = function(kernel)
         row = dict.fromkeys(COLUMNS, np.nan)
-        row |= {"step": step, "penalty": float(penalty), "gradient_norm": float(tf.norm(slope))}
+        row |= {"step": step, "penalty": point.excess + penalty_floor, "gradient_norm": point.slope_norm}
         rows.append(row)
-        if not np.isfinite(row["penalty"]):
-            kernel, reason = previous, StopReason.DIVERGED
+        if not np.isfinite(point.excess):
+            point, row = best or (point, row)
+            reason = StopReason.DIVERGED
             break
-        if step == measured_next:
-            measured_next += _interval(step)
-            if distance(kernel, row) <= tolerance > 0:
-                reason = StopReason.CONVERGED
-        if reason is None and row["gradient_norm"] <= gradient_tolerance > 0:
+        if best is None or point.excess < best[0].excess:
+            best = point, row
+        kernel = point.kernel.numpy()
+        if convergence.reached(step, kernel, point.excess, row):
+            reason = StopReason.CONVERGED
+        elif row["gradient_norm"] <= gradient_tolerance > 0:
             reason = StopReason.STATIONARY
-        asked = callback is not None and callback(step, kernel.numpy(), row["penalty"])
-        if reason is None and step == max_steps:
+        asked = callback is not None and callback(step, kernel, row["penalty"])
+        if reason is None and step - first == max_steps:
             reason = StopReason.MAX_STEPS
         if reason is None and asked:
             reason = StopReason.STOPPED
         if reason is None:
-            row["learning_rate"] = schedule(step)
-            previous, kernel = kernel, kernel - _scalar(0.5 * row["learning_rate"], kernel.dtype) * slope
+            new, row["learning_rate"] = steps.next(point, step)
+            if new is None:
+                reason = StopReason.STALLED
+            point = new or point
 
-    reached = rows[-2 if reason is StopReason.DIVERGED and len(rows) > 1 else -1]
-    if np.isfinite(reached["penalty"]) and np.isnan(reached["sigma_max"]):
-        distance(kernel, reached)
+    if np.isfinite(row["penalty"]):
+        convergence.measure(point.kernel.numpy(), row)
+    state = _State(conv, alpha, None if reason is StopReason.DIVERGED else point, steps.suspend())
     history = {column: np.array([row[column] for row in rows]) for column in COLUMNS}
-    return DescentResult(kernel.numpy(), reached["penalty"], int(reached["step"]), reason, history)
+    return DescentResult(point.kernel.numpy(), row["penalty"], int(row["step"]), reason, history, state)
 
 
-def _measure(conv: Convolution, tolerance: float) -> Callable[[np.ndarray], tuple[float, float]]:
-    """A function that returns (σmax, σmin) of a kernel, or NaN where they cannot be had, without raising."""
-    accuracy = min(1e-6, 1e-3 * max(tolerance, 1e-9))
-    try:
-        extremes = extremes_of(
-            conv.kernel_shape, conv.input_size, accuracy=accuracy, dense_rows=DENSE_ROWS, **conv.geometry
-        )
-    except ValueError as error:
-        if tolerance == 0:
-            return lambda kernel: (np.nan, np.nan)
+def _resume(before: DescentResult, steps: Steps, conv: Convolution, alpha: float):
+    """The point and the rows from which to go on; the last row is made anew."""
+    state = before._state
+    if (conv, alpha) != (state.conv, state.alpha):
         raise ValueError(
-            f"tolerance needs σ, which cannot be measured ({error}) Use tolerance=0, and gradient_tolerance "
-            f"to stop. Received: tolerance={tolerance}"
-        ) from None
-
-    def measure(kernel):
-        try:
-            return extremes(kernel)
-        except ValueError:  # a descent is not to end because one σmin is too hard for the memory at hand
-            return np.nan, np.nan
-
-    return measure
-
-
-def _interval(step: int) -> int:
-    """Steps to the next measurement of σ: 1, 2, 5, 10, 20, …, at most a twentieth of `step`."""
-    most = max(step / 20, 1)
-    decade = 10 ** int(math.log10(most))
-    return decade * max(n for n in (1, 2, 5) if n * decade <= most)
-
-
-def _scalar(value: float, dtype: tf.DType) -> np.generic:
-    with np.errstate(over="ignore"):  # infinite steps end as divergence
-        return dtype.as_numpy_dtype(value)
-
-
-def _schedule(learning_rate) -> Callable[[int], float]:
-    if isinstance(learning_rate, str):
-        if learning_rate == "paper":
-            return paper_schedule
-        raise ValueError(
-            'learning_rate must be "paper", a positive number or a function of the step. '
-            f"Received: learning_rate={learning_rate!r}"
+            "a DescentResult is continued with the geometry and the alpha it was made with; use "
+            f"result.kernel to begin anew. Received: alpha={alpha}, {conv} after alpha={state.alpha}, "
+            f"{state.conv}"
         )
-    if callable(learning_rate):
-        return lambda step: check_number(f"learning_rate({step})", learning_rate(step))
-    constant = check_number("learning_rate", learning_rate, exclusive=True)
-    return lambda step: constant
-
-
-@functools.lru_cache(maxsize=8)  # tracing takes longer than a hundred small steps
-def _penalty_and_gradient(conv: Convolution, alpha: float, method: str, gradient: str):
-    """One traced function of the kernel that returns R_α and ∂R_α/∂K."""
-
-    @tf.function(autograph=False)
-    def function(kernel):
-        if gradient == "theorem":
-            return evaluate_gradient(kernel, conv, alpha, method)
-        with tf.GradientTape() as tape:
-            tape.watch(kernel)
-            penalty = evaluate(kernel, conv, alpha, method)
-        return penalty, tape.gradient(penalty, kernel)
-
-    return function
+    steps.resume(state.steps)
+    columns = {name: before.history[name][: before.num_steps].tolist() for name in COLUMNS}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return state.point, rows

@@ -13,7 +13,9 @@ from tf_frobreg.toeplitz import toeplitz_indices, transformation_matrix
 __all__ = [
     "check_method",
     "evaluate",
+    "evaluate_excess",
     "evaluate_gradient",
+    "floor",
     "frobenius_gradient",
     "frobenius_penalty",
     "penalty_excess",
@@ -130,7 +132,7 @@ def penalty_floor(
         (800.0, 1200.0, 0.0)
     """
     alpha = check_number("alpha", alpha, exclusive=True)
-    return _floor(Convolution.of(kernel_shape, input_size, geometry), alpha)
+    return floor(Convolution.of(kernel_shape, input_size, geometry), alpha)
 
 
 def penalty_excess(kernel, input_size, *, alpha: float = 1.0, **geometry: Unpack[Geometry]) -> tf.Tensor:
@@ -160,13 +162,13 @@ def penalty_excess(kernel, input_size, *, alpha: float = 1.0, **geometry: Unpack
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     kernel = as_kernel(kernel)
-    return closed_form(Convolution.of(kernel.shape, input_size, geometry)).value(kernel, alpha)
+    return evaluate_excess(kernel, Convolution.of(kernel.shape, input_size, geometry), alpha, "closed_form")
 
 
 def evaluate(kernel: tf.Tensor, conv: Convolution, alpha: float, method: str) -> tf.Tensor:
     """R_α of a tensor whose arguments have been checked."""
     if method == "closed_form":
-        return closed_form(conv).value(kernel, alpha) + _floor(conv, alpha)
+        return closed_form(conv).value(kernel, alpha) + floor(conv, alpha)
     rows, columns = conv.shape
     matrix = _dense_matrix(kernel, conv)
     wide = rows < columns
@@ -176,14 +178,21 @@ def evaluate(kernel: tf.Tensor, conv: Convolution, alpha: float, method: str) ->
     return tf.reduce_sum(residual**2) + _zeros(max(0, columns - rows), alpha)
 
 
+def evaluate_excess(kernel: tf.Tensor, conv: Convolution, alpha: float, method: str) -> tf.Tensor:
+    """R_α − floor of a tensor whose arguments have been checked."""
+    if method == "closed_form":
+        return closed_form(conv).value(kernel, alpha)
+    return evaluate(kernel, conv, alpha, method) - floor(conv, alpha)
+
+
 def evaluate_gradient(
     kernel: tf.Tensor, conv: Convolution, alpha: float, method: str
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """(R_α, ∂R_α/∂K) of a tensor whose arguments have been checked, without a tape."""
+    """(R_α − floor, ∂R_α/∂K) of a tensor whose arguments have been checked, without a tape."""
     if method == "closed_form":
-        excess, gradient = closed_form(conv).value_and_gradient(kernel, alpha)
-        return excess + _floor(conv, alpha), gradient
-    return _theorem_3_1(kernel, conv, alpha)
+        return closed_form(conv).value_and_gradient(kernel, alpha)
+    penalty, gradient = _theorem_3_1(kernel, conv, alpha)
+    return penalty - floor(conv, alpha), gradient
 
 
 def check_method(method: str) -> str:
@@ -193,7 +202,8 @@ def check_method(method: str) -> str:
     return method
 
 
-def _floor(conv, alpha):
+def floor(conv: Convolution, alpha: float) -> float:
+    """`penalty_floor` of arguments that have been checked."""
     return _zeros(conv.shape[1] - closed_form(conv).gram_size, alpha)
 
 

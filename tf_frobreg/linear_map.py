@@ -1,0 +1,85 @@
+"""M as a map of images: the convolution and its adjoint, without forming M."""
+
+import numpy as np
+import tensorflow as tf
+
+from tf_frobreg.convolution import Convolution
+
+__all__ = ["apply", "apply_adjoint", "image_shapes"]
+
+
+def image_shapes(conv: Convolution) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(shape of what M is applied to, shape of what comes out), as `(*size, channels)`."""
+    groups, g, h = conv.blocks
+    ends = (
+        (*(a.input_size for a in conv.axes), groups * g),
+        (*(a.output_size for a in conv.axes), groups * h),
+    )
+    return ends[::-1] if conv.transposed else ends
+
+
+def apply(kernel: tf.Tensor, images: tf.Tensor, conv: Convolution) -> tf.Tensor:
+    """M times each image of a batch, `(batch, *size, channels)`; differentiable in both arguments."""
+    return (_adjoint if conv.transposed else _forward)(kernel, images, conv)
+
+
+def apply_adjoint(kernel: tf.Tensor, images: tf.Tensor, conv: Convolution) -> tf.Tensor:
+    """Mᵀ times each image of a batch, `(batch, *size, channels)`; differentiable in both arguments."""
+    return (_forward if conv.transposed else _adjoint)(kernel, images, conv)
+
+
+def _forward(kernel, images, conv):
+    """The convolution that `conv.axes` describe."""
+    padded = images
+    for number, axis in enumerate(conv.axes, start=1):
+        padded = _pad(padded, axis, number)
+    if conv.blocks[0] > 1:
+        return _forward_by_group(kernel, padded, conv)
+    if not conv.axes:
+        return tf.matmul(padded, kernel)
+    return tf.nn.convolution(
+        padded,
+        kernel,
+        strides=conv.strides,
+        padding="VALID",
+        dilations=conv.dilation_rate,
+        data_format=("NWC", "NHWC", "NDHWC")[len(conv.axes) - 1],  # eager gradients of 3-D ones need it
+    )
+
+
+def _forward_by_group(kernel, padded, conv):
+    """As `tf.nn.convolution`, which has no groups on CPUs: the sum over the taps."""
+    groups, g, h = conv.blocks
+    blocks = conv.by_group(kernel, tf)
+    padded = tf.reshape(padded, (*padded.shape[:-1], groups, g))
+    total = 0.0
+    for tap in np.ndindex(*conv.kernel_size):
+        places = tuple(
+            slice(p * a.dilation, p * a.dilation + (a.output_size - 1) * a.stride + 1, a.stride)
+            for p, a in zip(tap, conv.axes, strict=True)
+        )
+        read = padded[(slice(None), *places)]
+        total += read * blocks[tap][:, 0] if g == 1 else tf.einsum("...ug,ugh->...uh", read, blocks[tap])
+    return tf.reshape(total, (*total.shape[:-2], groups * h))
+
+
+def _adjoint(kernel, images, conv):
+    """The adjoint of `_forward`: its derivative, as it is linear."""
+    shape = (*(a.input_size for a in conv.axes), conv.blocks[0] * conv.blocks[1])
+    with tf.GradientTape() as tape:
+        zeros = tf.zeros((images.shape[0], *shape), images.dtype)
+        tape.watch(zeros)
+        outputs = _forward(kernel, zeros, conv)
+    return tape.gradient(outputs, zeros, output_gradients=images)
+
+
+def _pad(images, axis, number):
+    """Puts around one axis what its outputs read beyond it, and drops what they do not reach."""
+    end = (axis.output_size - 1) * axis.stride + axis.span - axis.pad  # one past the last input read
+    if axis.padding == "circular":
+        return tf.gather(images, np.arange(-axis.pad, end) % axis.input_size, axis=number)
+    before = [(0, 0)] * images.shape.rank
+    before[number] = (axis.pad, max(end - axis.input_size, 0))
+    inside = [slice(None)] * images.shape.rank
+    inside[number] = slice(0, min(end, axis.input_size))
+    return tf.pad(images[tuple(inside)], before)
