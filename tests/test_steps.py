@@ -93,14 +93,12 @@ def test_exact_steps_neither_fail_nor_diverge(case, seed, scale):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_at_the_optimum_rounding_ends_the_descent(dtype):
-    options = {"padding": "circular", "tolerance": 0.0, "max_steps": 20000}
-    result = regularize_kernel(normal(3, 3, 2, 3).astype(dtype), 6, **options)
+    # Of a Dense layer: the minima of convolutions are flat, and the way to their bottom is endless.
+    result = regularize_kernel(normal(6, 3).astype(dtype), (), tolerance=0.0)
     assert result.reason is StopReason.STALLED
     assert not result.converged
     assert falls(result.history)
-    assert np.abs(singular_values(result.kernel, 6, padding="circular") - 1).max() < (
-        1e-4 if dtype == "float32" else 1e-8
-    )
+    assert np.abs(singular_values(result.kernel, ()) - 1).max() < (1e-5 if dtype == "float32" else 1e-13)
 
 
 def test_the_zero_kernel_is_a_stationary_point_and_no_success():

@@ -148,10 +148,7 @@ class Convolution:
     @classmethod
     def of(cls, kernel_shape, input_size, geometry: Geometry) -> Self:
         """The convolution of a caller's `**geometry`, whose names are checked."""
-        for name in geometry.keys() - Geometry.__annotations__.keys():
-            raise TypeError(
-                f"unknown argument {name!r}. A convolution is given by {', '.join(Geometry.__annotations__)}."
-            )
+        _check_names(geometry)
         return cls(kernel_shape, input_size, **geometry)
 
     def _check_combinations(self):
@@ -244,11 +241,14 @@ class Convolution:
         return ends[::-1] if self.transposed else ends
 
 
-def check_geometry(**arguments) -> dict[str, Any]:
-    """Returns `input_size` and the other arguments of `Convolution` as plain ints, lists and strings.
+def check_geometry(input_size, geometry: Geometry) -> dict[str, Any]:
+    """Returns `input_size` and all other arguments of `Convolution` as plain ints, lists and strings.
 
     Raises as far as can be told before the kernel is known.
     """
+    _check_names(geometry)
+    defaults = {field.name: field.default for field in dataclasses.fields(Convolution)[2:]}
+    arguments = {"input_size": input_size, **defaults, **geometry}
     named = {name: len(value) for name, value in arguments.items() if _is_sequence(value)}
     name, rank = next(iter(named.items()), ("input_size", 2))
     if rank + 2 not in LAYERS:
@@ -265,6 +265,13 @@ def check_geometry(**arguments) -> dict[str, Any]:
         return value if isinstance(value, str) else int(value)
 
     return {name: plain(value) for name, value in arguments.items()}
+
+
+def _check_names(geometry):
+    for name in geometry.keys() - Geometry.__annotations__.keys():
+        raise TypeError(
+            f"unknown argument {name!r}. A convolution is given by {', '.join(Geometry.__annotations__)}."
+        )
 
 
 def _check_shape(kernel_shape: Any) -> tuple[int, ...]:

@@ -1,12 +1,16 @@
 """The Keras regularizers."""
 
+from typing import Unpack
+
 import tensorflow as tf
 
-from tf_frobreg.checks import as_kernel, check_number
-from tf_frobreg.convolution import Convolution, check_geometry
+from tf_frobreg.checks import as_kernel, check_integer, check_number
+from tf_frobreg.convolution import Convolution, Geometry, check_geometry
 from tf_frobreg.penalty import check_method, evaluate
+from tf_frobreg.reshaped import reshaped_penalty
+from tf_frobreg.spectral import check_gram, power_iteration, start_vector
 
-__all__ = ["FrobeniusRegularizer"]
+__all__ = ["FrobeniusRegularizer", "ReshapedRegularizer", "SpectralRegularizer"]
 
 REDUCTIONS = ("sum", "mean")
 
@@ -70,14 +74,10 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
             raise ValueError(f"reduction must be one of {REDUCTIONS}. Received: reduction={reduction!r}")
         self.reduction = reduction
         self.method = check_method(method)
-        self.geometry = check_geometry(
-            input_size=input_size,
-            strides=strides,
-            padding=padding,
-            dilation_rate=dilation_rate,
-            groups=groups,
-            kind=kind,
+        geometry = Geometry(
+            strides=strides, padding=padding, dilation_rate=dilation_rate, groups=groups, kind=kind
         )
+        self.geometry = check_geometry(input_size, geometry)
 
     def __call__(self, x):
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
@@ -96,3 +96,118 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
             "method": self.method,
             **self.geometry,
         }
+
+
+@tf.keras.utils.register_keras_serializable(package="tf_frobreg")
+class SpectralRegularizer(tf.keras.regularizers.Regularizer):
+    """Penalises a kernel by `factor`·‖MᵀM − αI‖₂, Guo's earlier penalty, reference [7] of the paper.
+
+    Each time it is evaluated it takes a few power steps from the vector that the last evaluation of the same
+    kernel led to: while training moves the kernel slowly, two of them follow the σ that is farthest from √α.
+    The value is too small until the steps have converged. The vectors are not saved with a model: a loaded
+    one starts from a random vector again.
+
+    Args:
+        input_size: As for `FrobeniusRegularizer`.
+        factor: Weight of the penalty, at least 0.
+        alpha: α, the target of σ²; positive.
+        gram: "columns" or "smaller", as for `spectral_penalty`; the former ends with zero gradient where M
+            has more columns than rows.
+        power_steps: Power steps at each evaluation.
+        **geometry: As for `FrobeniusRegularizer`: of the layer, to which Keras gives no access.
+
+    Raises:
+        ValueError, TypeError: As `FrobeniusRegularizer`.
+
+    Example:
+        >>> regularizer = SpectralRegularizer(input_size=8, factor=0.1, gram="smaller")
+        >>> layer = tf.keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=regularizer)
+        >>> _ = layer(tf.zeros((1, 8, 8, 3)))
+        >>> values = [layer.losses[0].numpy() for _ in range(200)]  # the power steps go on
+        >>> from tf_frobreg import singular_values
+        >>> sigma = singular_values(layer.kernel, 8)
+        >>> print(abs(values[-1] - 0.1 * abs(sigma**2 - 1).max()) < 1e-3)
+        True
+    """
+
+    def __init__(
+        self,
+        input_size,
+        factor=1e-4,
+        alpha=1.0,
+        *,
+        gram="columns",
+        power_steps=2,
+        **geometry: Unpack[Geometry],
+    ):
+        self.factor = check_number("factor", factor)
+        self.alpha = check_number("alpha", alpha, exclusive=True)
+        self.gram = check_gram(gram)
+        self.power_steps = check_integer("power_steps", power_steps)
+        self.geometry = check_geometry(input_size, geometry)
+        self._vectors = {}
+
+    def __call__(self, x):
+        """Returns the penalty of the kernel `x`, a scalar of its dtype."""
+        kernel = as_kernel(x, check_finite=False)
+        conv = Convolution(tuple(kernel.shape), **self.geometry)
+        vector = self._vector(x, kernel.dtype, conv)
+        value, new = power_iteration(kernel, vector, conv, self.alpha, self.gram, self.power_steps)
+        # A diverging training is to show a NaN loss, and no more than that.
+        vector.assign(tf.where(tf.math.is_finite(value), new, vector))
+        return self.factor * value
+
+    def get_config(self):
+        """Returns the constructor's arguments as plain values."""
+        return {
+            "factor": self.factor,
+            "alpha": self.alpha,
+            "gram": self.gram,
+            "power_steps": self.power_steps,
+            **self.geometry,
+        }
+
+    def _vector(self, x, dtype, conv):
+        """The variable with the vector of this kernel: one regularizer may serve several layers."""
+        key = id(x) if hasattr(x, "assign") else (conv.kernel_shape, dtype)
+        if key not in self._vectors:
+            with tf.init_scope():  # outlives the function that is being traced
+                self._vectors[key] = tf.Variable(
+                    start_vector(conv, self.gram, dtype),
+                    trainable=False,
+                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+                )
+        return self._vectors[key]
+
+
+@tf.keras.utils.register_keras_serializable(package="tf_frobreg")
+class ReshapedRegularizer(tf.keras.regularizers.Regularizer):
+    """Penalises a kernel by `factor`·‖WᵀW − αI‖²_F, W being the kernel reshaped to filters × the rest.
+
+    W is not the layer's matrix: see `reshaped_penalty`. It is here for comparison, and needs no geometry.
+
+    Args:
+        factor: Weight of the penalty, at least 0.
+        alpha: α, the target of W's squared singular values; positive.
+
+    Raises:
+        ValueError, TypeError: Where an argument is invalid; the message names it.
+
+    Example:
+        >>> layer = tf.keras.layers.Conv2D(9, 3, kernel_regularizer=ReshapedRegularizer(factor=0.1))
+        >>> _ = layer(tf.zeros((1, 8, 8, 1)))
+        >>> print(layer.losses[0] > 0)
+        tf.Tensor(True, shape=(), dtype=bool)
+    """
+
+    def __init__(self, factor=1e-4, alpha=1.0):
+        self.factor = check_number("factor", factor)
+        self.alpha = check_number("alpha", alpha, exclusive=True)
+
+    def __call__(self, x):
+        """Returns the penalty of the kernel `x`, a scalar of its dtype."""
+        return self.factor * reshaped_penalty(x, alpha=self.alpha)
+
+    def get_config(self):
+        """Returns the constructor's arguments as plain values."""
+        return {"factor": self.factor, "alpha": self.alpha}
