@@ -285,8 +285,9 @@ def _summary(result) -> str:
     reason = result.reason.value
     if result.reason.name == "STOPPED":  # the callback stops for nothing but Ctrl-C
         reason = "not converged: interrupted, what was reached is kept"
-    sigma = (result.history[name][result.num_steps] for name in ("sigma_max", "sigma_min"))
-    return f"{reason}; step {result.num_steps}, σmax = {next(sigma):.5g}, σmin = {next(sigma):.5g}"
+    high, low = (result.history[name][result.num_steps] for name in ("sigma_max", "sigma_min"))
+    sigma = "" if np.isnan(high) else f", σmax = {high:.5g}, σmin = {low:.5g}"
+    return f"{reason}; step {result.num_steps}{sigma}"
 
 
 def _write_history(file, results) -> None:

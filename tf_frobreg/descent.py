@@ -110,8 +110,9 @@ def regularize_kernel(
         tolerance: Stop where max(|σmax − √α|, |σmin − √α|), equation (1.1), is no larger; 0 never does.
         gradient_tolerance: Stop where ‖∂R_α/∂K‖_F is no larger; 0 never does.
         measure: How often σ is measured. "rarely": where R_α leaves open whether the tolerance is reached,
-            which a few looks tell, and at the end. "often": besides, at each of the first 40 steps, then at
-            round intervals of at most a twentieth of the steps so far, for a figure such as Figure 4.1.
+            which a few looks tell, and at the end; not at all with `tolerance=0`. "often": besides, at each
+            of the first 40 steps, then at round intervals of at most a twentieth of the steps so far, for
+            a figure such as Figure 4.1.
         gradient: Where G comes from: "theorem" (the formula of `frobenius_gradient`) or "tape"
             (`tf.GradientTape` through `frobenius_penalty`).
         method: As for `frobenius_penalty`, for R_α and G; the exact step uses the closed form.
@@ -183,7 +184,7 @@ def regularize_kernel(
                 reason = StopReason.STALLED
             point = new or point
 
-    if np.isfinite(row["penalty"]):
+    if np.isfinite(row["penalty"]) and (tolerance > 0 or measure == "often"):
         convergence.measure(point.kernel.numpy(), row)
     state = _State(conv, alpha, None if reason is StopReason.DIVERGED else point, steps.suspend())
     history = {column: np.array([row[column] for row in rows]) for column in COLUMNS}
