@@ -69,7 +69,7 @@ class Progress:
             if not np.isfinite(kernel).all() or np.abs(kernel).max() > 1e3:
                 done = True
             else:
-                sigma = extreme_singular_values(kernel, self.size, accuracy=1e-5)
+                sigma = extreme_singular_values(kernel, self.size, accuracy=1e-4)
                 distance = max(abs(sigma.sigma_max - 1), abs(sigma.sigma_min - 1))
                 self.rows.append((step, self.seconds, *sigma, distance))
                 done = done or distance <= TARGETS[-1]

@@ -1,5 +1,6 @@
 """The examples and notebooks, run as a reader would run them."""
 
+import csv
 import gzip
 import struct
 import subprocess
@@ -106,14 +107,43 @@ def printed_by(cell):
     return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
 
 
-def test_benchmark_prints_its_tables():
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "benchmarks" / "closed_form.py"),
-        "--quick",
-        "--largest",
-        "64",
-    ]
+def test_compare_methods(tmp_path):
+    output = tmp_path / "out"
+    command = ["compare_methods.py", "--quick", "--output-dir", output]
+    printed = run(*command).stdout
+    for method in ("frobenius", "2-norm", "reshaped", "clip [0, 1]", "clip [1, 1]", "conjugate", "l-bfgs"):
+        assert method in printed
+    with open(output / "compare_methods.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def least(method):
+        return min(float(row["distance"]) for row in rows if row["method"] == method)
+
+    assert least("conjugate") < 0.05 < least("frobenius")
+    assert (output / "compare_methods.png").read_bytes().startswith(b"\x89PNG")
+    assert "exists; --force overwrites" in run(*command, status=2).stderr
+    assert "--seeds must be at least 1" in run(*command, "--seeds", 0, status=2).stderr
+
+
+def test_alpha_sweep(tmp_path):
+    output = tmp_path / "out"
+    printed = run("alpha_sweep.py", "--seeds", 1, "--output-dir", output).stdout
+    assert "α" in printed
+    with open(output / "alpha_sweep.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.reader(file) if row]
+    for alpha, _, high, _, low, _ in rows[1:6]:
+        assert float(low) == pytest.approx(float(alpha) ** 0.5, abs=0.011)
+        assert float(high) == pytest.approx(float(alpha) ** 0.5, abs=0.011)
+    energy = {float(row[0]): float(row[3]) for row in rows[7:]}  # behind the first ReLU
+    assert energy[1.0] == pytest.approx(0.5, abs=0.05)
+    assert energy[2.0] == pytest.approx(1.0, abs=0.05)
+    assert "exists; --force" in run("alpha_sweep.py", "--output-dir", output, status=2).stderr
+
+
+@pytest.mark.parametrize("script", ["closed_form.py", "descent.py"])
+def test_benchmark_prints_its_tables(script):
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), "--quick"]
+    command += ["--largest", "64"] if script == "closed_form.py" else []
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "3×3×16×16" in printed
-    assert "512×512" in printed
+    for title in {"closed_form.py": ("3×3×16×16", "512×512"), "descent.py": ("3×3×6×3", "3×3×64×64")}[script]:
+        assert title in printed

@@ -16,7 +16,8 @@ def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Fi
     """Draws σmax (blue, left axis) and σmin (red, right axis) against the step, as in Figure 4.1.
 
     Args:
-        results: One result of `regularize_kernel`, or several by the title of their panel.
+        results: One result of `regularize_kernel(..., measure="often")`, or several by the title of their
+            panel. With "rarely" there are only a few points to draw.
 
     Raises:
         ValueError: Where there is nothing to draw.
@@ -27,7 +28,7 @@ def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Fi
 
     Example:
         >>> from tf_frobreg import regularize_kernel
-        >>> result = regularize_kernel(np.ones((3, 3, 1, 1)), 6, max_steps=30)
+        >>> result = regularize_kernel(np.ones((3, 3, 1, 1)), 6, measure="often", max_steps=30)
         >>> figure = plot_convergence({"3×3×1×1": result})
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['σmax', 'σmin']

@@ -12,12 +12,15 @@ import tensorflow as tf
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from tf_frobreg.checks import as_kernel, check_memory, check_number
-from tf_frobreg.convolution import Geometry
+from tf_frobreg.convolution import Convolution, Geometry
+from tf_frobreg.linear_map import apply, apply_adjoint, image_shapes
 from tf_frobreg.toeplitz import ToeplitzIndices, toeplitz_indices
 
 __all__ = ["ExtremeSingularValues", "extreme_singular_values", "extremes_of", "singular_values"]
 
 SMALL = 300  # rows of a Gram matrix up to which LAPACK beats ARPACK (3.8 ms each, measured)
+SPARSE = 500_000  # entries of M up to which its Gram matrix, kept sparse, beats two convolutions (2 ms each)
+KRYLOV, RESTARTS = 30, 200  # vectors that ARPACK keeps, and how often it starts again from the best of them
 
 
 class ExtremeSingularValues(NamedTuple):
@@ -68,14 +71,15 @@ def extreme_singular_values(
 ) -> ExtremeSingularValues:
     """Returns σmax and σmin of M, many times faster than all singular values.
 
-    They come from the smaller Gram matrix, MᵀM or MMᵀ, kept sparse: by Lanczos iteration (ARPACK), or, where
-    that does not converge, by a dense eigenvalue decomposition. As σ² is what is computed, a σmin below
-    1e-7·σmax is noise; `singular_values` gets that right too.
+    They come from the smaller Gram matrix, MᵀM or MMᵀ, by Lanczos iteration (ARPACK). It is kept as a sparse
+    matrix or, of larger layers, applied by a convolution and its adjoint, without any matrix. Where the
+    iteration does not converge, a dense eigenvalue decomposition takes over for up to 5000 rows. As σ² is
+    what is computed, a σmin below 1e-7·σmax is noise; `singular_values` gets that right too.
 
     Args:
         kernel: As for `singular_values`.
         input_size: As for `singular_values`.
-        accuracy: Of σ², relative.
+        accuracy: Of σ², relative to σmax²: 1e-6 tells a σmin down to a thousandth of σmax.
         **geometry: As for `singular_values`.
 
     Returns:
@@ -83,7 +87,9 @@ def extreme_singular_values(
         min(rows, columns) singular values.
 
     Raises:
-        ValueError, TypeError: As `singular_values`.
+        ValueError: As `singular_values`, and where `accuracy` is not reached: σmin of a large layer with
+            many σ near 0 may need 1e-4.
+        TypeError: As `singular_values`.
 
     Example:
         >>> extremes = extreme_singular_values(np.random.RandomState(1).randn(3, 3, 3, 6), 20)
@@ -99,14 +105,18 @@ def extremes_of(
     input_size,
     *,
     accuracy: float,
-    dense_rows: float = math.inf,
+    dense_rows: int = 5000,
     **geometry: Unpack[Geometry],
 ) -> Callable[[np.ndarray], ExtremeSingularValues]:
     """Returns `extreme_singular_values` as a function of the kernel alone, its index of M made once.
 
-    Where Lanczos fails on a Gram matrix of more than `dense_rows` rows, it returns NaN.
+    Where Lanczos fails on a Gram matrix of more than `dense_rows` rows, it raises ValueError.
     """
     accuracy = check_number("accuracy", accuracy, exclusive=True)
+    conv = Convolution.of(kernel_shape, input_size, geometry)
+    groups, g, h = conv.blocks
+    if math.prod(axis.num_taps for axis in conv.axes) * groups * g * h > SPARSE:
+        return _extremes_without_matrix(conv, accuracy)
     index = toeplitz_indices(kernel_shape, input_size, **geometry)
 
     def extremes(kernel):
@@ -115,35 +125,85 @@ def extremes_of(
         if matrix.shape[0] < matrix.shape[1]:
             matrix = matrix.T
         gram = (matrix.T @ matrix).tocsr()
-        eigenvalues = _lanczos_ends(gram, accuracy) if gram.shape[0] > SMALL else None
+        eigenvalues = _lanczos_ends(gram.dot, gram.shape[0], accuracy) if gram.shape[0] > SMALL else None
         if eigenvalues is None:
             if gram.shape[0] > dense_rows:
-                return ExtremeSingularValues(math.nan, math.nan)
+                raise ValueError(_not_converged(accuracy))
             _check_dense(gram.shape, 3 * gram.shape[0] ** 2)
             eigenvalues = scipy.linalg.eigvalsh(gram.toarray(), overwrite_a=True)
-        return ExtremeSingularValues(*(float(scale * np.sqrt(max(eigenvalues[i], 0.0))) for i in (-1, 0)))
+        return _roots(eigenvalues, scale)
 
     return extremes
 
 
-def _lanczos_ends(gram, accuracy):
+def _extremes_without_matrix(conv, accuracy):
+    """As `extremes_of`, by convolutions: M is too large even as a sparse matrix."""
+    rows, columns = conv.shape
+    check_memory(
+        8 * (KRYLOV + 10) * min(rows, columns),
+        f"Lanczos iteration on M of shape {rows} × {columns} needs {KRYLOV} vectors",
+        "a smaller input_size",
+    )
+    shape = (1, *image_shapes(conv)[1 if rows < columns else 0])
+    ahead, back = (apply_adjoint, apply) if rows < columns else (apply, apply_adjoint)
+
+    @tf.function(autograph=False)
+    def gram(kernel, vector):
+        return back(kernel, ahead(kernel, tf.reshape(vector, shape), conv), conv)
+
+    def extremes(kernel):
+        scale = np.abs(kernel).max().astype(np.float64) or 1.0
+        values = tf.constant(kernel / scale, tf.float64)
+        eigenvalues = _lanczos_ends(
+            lambda vector: gram(values, tf.constant(vector)).numpy().ravel(), min(rows, columns), accuracy
+        )
+        if eigenvalues is None:
+            raise ValueError(_not_converged(accuracy))
+        return _roots(eigenvalues, scale)
+
+    return extremes
+
+
+def _not_converged(accuracy):
+    return f"accuracy is not reached by Lanczos iteration: ask for less. Received: accuracy={accuracy}"
+
+
+def _roots(eigenvalues, scale):
+    return ExtremeSingularValues(*(float(scale * np.sqrt(max(eigenvalues[i], 0.0))) for i in (-1, 0)))
+
+
+def _lanczos_ends(product, size, accuracy):
     """The smallest and largest eigenvalue from ARPACK, or None where it cannot be trusted with them."""
-    products = itertools.count()
+    start = np.random.RandomState(0).standard_normal(size)  # fixed: results can be repeated
+    options = {
+        "k": 1,
+        "which": "LA",
+        "return_eigenvectors": False,
+        "v0": start,
+        "ncv": KRYLOV,
+        "tol": accuracy,
+    }
 
-    def multiply(vector):
-        next(products)
-        return gram @ vector
+    def largest(multiply):
+        products = itertools.count()
 
-    operator = LinearOperator(gram.shape, matvec=multiply, dtype=gram.dtype)
-    start = np.random.RandomState(0).standard_normal(gram.shape[0])  # fixed: results can be repeated
-    size = 20  # of the Krylov space
-    options = {"k": 2, "which": "BE", "return_eigenvectors": False}
+        def counted(vector):
+            next(products)
+            return multiply(vector)
+
+        operator = LinearOperator((size, size), matvec=counted, dtype=np.float64)
+        found = eigsh(operator, maxiter=RESTARTS, **options)[0]
+        # A spectrum of a few exact values exhausts the Krylov space at once, and ARPACK may then miss one.
+        return found if next(products) > KRYLOV + 2 else None
+
     try:
-        ends = eigsh(operator, tol=accuracy, v0=start, ncv=size, maxiter=100, **options)
-    except ArpackError:  # a σmin far below σmax can take for ever; the zero matrix is refused
+        high = largest(product)
+        # The smallest as the largest of a shifted matrix: ARPACK's accuracy is relative, and of a σmin near 0
+        # that is out of reach.
+        low = largest(lambda vector: high * vector - product(vector)) if high else None
+    except ArpackError:  # the zero matrix is refused
         return None
-    # A spectrum of a few exact values exhausts the Krylov space at once, and ARPACK then misses some of them.
-    return np.sort(ends) if next(products) > size + 2 else None
+    return None if low is None else (high - low, high)
 
 
 def _values(kernel) -> np.ndarray:
