@@ -46,7 +46,35 @@ def test_extremes_are_the_ends_of_the_spectrum(case, small, monkeypatch):
     sigma = singular_values(case.kernel(), case.image, **case.geometry)
     found = extreme_singular_values(case.kernel(), case.image, **case.geometry)
     assert found.sigma_max == pytest.approx(sigma[0], rel=1e-6)
-    assert found.sigma_min == pytest.approx(sigma[-1], rel=1e-5, abs=1e-7 * sigma[0])
+    assert found.sigma_min**2 == pytest.approx(sigma[-1] ** 2, abs=1e-6 * sigma[0] ** 2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((3, 3, 3, 6), (12, 12)),
+        Case((3, 3, 6, 3), (12, 10), padding="valid"),
+        Case((3, 3, 4, 4), (11, 12), padding="circular"),
+        Case((3, 3, 4, 6), (17, 16), strides=2),
+        Case((3, 3, 2, 8), (9, 10), groups=2),
+        Case((3, 3, 5, 2), (9, 10), kind="depthwise"),
+        Case((3, 3, 3, 6), (9, 8), strides=2, kind="transpose"),
+    ],
+    ids=label,
+)
+def test_extremes_without_any_matrix(case, monkeypatch):
+    monkeypatch.setattr(tf_frobreg.spectrum, "SPARSE", 0)
+    sigma = singular_values(case.kernel(), case.image, **case.geometry)
+    found = extreme_singular_values(case.kernel(), case.image, **case.geometry)
+    assert found.sigma_max == pytest.approx(sigma[0], rel=1e-6)
+    assert found.sigma_min**2 == pytest.approx(sigma[-1] ** 2, abs=1e-6 * sigma[0] ** 2)
+
+
+def test_an_accuracy_out_of_reach_is_no_silent_nan(monkeypatch):
+    monkeypatch.setattr(tf_frobreg.spectrum, "SPARSE", 0)
+    monkeypatch.setattr(tf_frobreg.spectrum, "RESTARTS", 1)
+    with pytest.raises(ValueError, match="accuracy is not reached .* Received: accuracy=1e-10"):
+        extreme_singular_values(np.random.RandomState(0).randn(3, 3, 4, 4), 16, accuracy=1e-10)
 
 
 def test_extremes_of_a_rank_deficient_kernel():

@@ -1,6 +1,5 @@
 """Singular values of the transformation matrix M."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Unpack
@@ -20,7 +19,7 @@ __all__ = ["ExtremeSingularValues", "extreme_singular_values", "extremes_of", "s
 
 SMALL = 300  # rows of a Gram matrix up to which LAPACK beats ARPACK (3.8 ms each, measured)
 SPARSE = 500_000  # entries of M up to which its Gram matrix, kept sparse, beats two convolutions (2 ms each)
-KRYLOV, RESTARTS = 30, 200  # vectors that ARPACK keeps, and how often it starts again from the best of them
+KRYLOV, RESTARTS = 20, 200  # vectors that ARPACK keeps, and how often it starts again from the best of them
 
 
 class ExtremeSingularValues(NamedTuple):
@@ -173,37 +172,22 @@ def _roots(eigenvalues, scale):
 
 
 def _lanczos_ends(product, size, accuracy):
-    """The smallest and largest eigenvalue from ARPACK, or None where it cannot be trusted with them."""
+    """The smallest and largest eigenvalue from ARPACK, or None where it does not find them."""
     start = np.random.RandomState(0).standard_normal(size)  # fixed: results can be repeated
-    options = {
-        "k": 1,
-        "which": "LA",
-        "return_eigenvectors": False,
-        "v0": start,
-        "ncv": KRYLOV,
-        "tol": accuracy,
-    }
+    options = {"k": 1, "which": "LA", "v0": start, "ncv": KRYLOV, "maxiter": RESTARTS}
 
-    def largest(multiply):
-        products = itertools.count()
-
-        def counted(vector):
-            next(products)
-            return multiply(vector)
-
-        operator = LinearOperator((size, size), matvec=counted, dtype=np.float64)
-        found = eigsh(operator, maxiter=RESTARTS, **options)[0]
-        # A spectrum of a few exact values exhausts the Krylov space at once, and ARPACK may then miss one.
-        return found if next(products) > KRYLOV + 2 else None
+    def largest(multiply, tolerance):
+        operator = LinearOperator((size, size), matvec=multiply, dtype=np.float64)
+        return eigsh(operator, tol=tolerance, return_eigenvectors=False, **options)[0]
 
     try:
-        high = largest(product)
-        # The smallest as the largest of a shifted matrix: ARPACK's accuracy is relative, and of a σmin near 0
-        # that is out of reach.
-        low = largest(lambda vector: high * vector - product(vector)) if high else None
+        high = largest(product, accuracy)
+        # The smallest as the largest of a matrix between high and 2·high: ARPACK's accuracy is relative to
+        # the eigenvalue, which is out of reach for a σmin near 0, and more than needed after a shift by high.
+        low = 2 * high - largest(lambda vector: 2 * high * vector - product(vector), accuracy / 2)
+        return low, high
     except ArpackError:  # the zero matrix is refused
         return None
-    return None if low is None else (high - low, high)
 
 
 def _values(kernel) -> np.ndarray:

@@ -9,6 +9,7 @@ within a row. Tracing is left out, the looks at σ are not. `--quick` takes one 
 import argparse
 import os
 import time
+from functools import partial
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -47,7 +48,7 @@ def main():
         for rate in rates:
             regularize_kernel(kernel, 20, learning_rate=rate, max_steps=1)  # traces
         runs = [
-            [timed(lambda r=rate: regularize_kernel(kernel, 20, learning_rate=r)) for rate in rates]
+            [timed(partial(regularize_kernel, kernel, 20, learning_rate=rate)) for rate in rates]
             for _ in range(rounds)
         ]
         medians = 1e3 * np.median([[seconds for seconds, _ in run] for run in runs], axis=0)
@@ -64,7 +65,7 @@ def main():
     table = Table(title="3×3×64×64, 32×32 image")
     for name in ("steps", "seconds, with tracing", "R at first", "R at last"):
         table.add_column(name, justify="right")
-    seconds, result = timed(lambda: regularize_kernel(kernel, 32, tolerance=0.0, max_steps=count))
+    seconds, result = timed(partial(regularize_kernel, kernel, 32, tolerance=0.0, max_steps=count))
     first, last = result.history["penalty"][[0, -1]]
     table.add_row(str(result.num_steps), f"{seconds:.1f}", f"{first:.4g}", f"{last:.4g}")
     console.print(table)
