@@ -78,7 +78,7 @@ def extreme_singular_values(
     Args:
         kernel: As for `singular_values`.
         input_size: As for `singular_values`.
-        accuracy: Of σ², relative to σmax²: 1e-6 tells a σmin down to a thousandth of σmax.
+        accuracy: Of σ², about, relative to σmax²: 1e-6 tells a σmin down to a thousandth of σmax.
         **geometry: As for `singular_values`.
 
     Returns:
