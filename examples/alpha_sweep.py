@@ -51,6 +51,11 @@ def text(values, digits=3):
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
+def geometric(values):
+    """Geometric mean, and the factor that is one standard deviation of the logarithm."""
+    return np.exp(np.log(values).mean(0)), np.exp(np.log(values).std(0))
+
+
 def main():
     """Runs, prints, writes."""
     parser = argparse.ArgumentParser(
@@ -84,7 +89,7 @@ def main():
         signals.add_row(
             f"{alpha:g}",
             text(share[:, 1]),
-            f"{share[:, -1].mean():.3g} ± {share[:, -1].std():.1g}",
+            "{:.3g} ×÷ {:.1f}".format(*geometric(share[:, -1])),
             text(share[:, -1] ** (1 / DEPTH)),
         )
     with files[0].open("w", newline="", encoding="utf-8") as file:
@@ -99,19 +104,18 @@ def main():
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for column, name in ((0, "σmax"), (2, "σmin")):
-        values = np.array([reached[alpha][:, column] for alpha in ALPHAS])
+    for column, name in ((0, "σmax"), (1, "mean σ"), (2, "σmin")):
+        values = np.array([reached[alpha][:, column] / alpha**0.5 for alpha in ALPHAS])
         left.errorbar(ALPHAS, values.mean(1), values.std(1), fmt="o", capsize=3, label=name)
-    curve = np.geomspace(ALPHAS[0], ALPHAS[-1])
-    left.plot(curve, curve**0.5, color="0.6", label="√α", zorder=0)
-    left.set(xscale="log", yscale="log", xlabel="α", ylabel="σ reached")
-    for axis, ticks in ((left.xaxis, ALPHAS), (left.yaxis, (0.5, 0.7, 1, 1.4, 2))):
-        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set_ticks([], minor=True)
+    left.axhline(1, color="0.6", zorder=0)
+    left.set(xscale="log", xlabel="α", ylabel="σ reached, divided by √α")
+    left.set_xticks(ALPHAS, [f"{alpha:g}" for alpha in ALPHAS])
+    left.minorticks_off()
     left.legend()
     for alpha in ALPHAS:
-        mean, spread = passed[alpha].mean(0), passed[alpha].std(0)
-        right.errorbar(range(DEPTH + 1), mean, spread, capsize=2, label=f"α = {alpha:g}")
+        mean, factor = geometric(passed[alpha])
+        bars = [mean - mean / factor, mean * factor - mean]
+        right.errorbar(range(DEPTH + 1), mean, bars, capsize=2, label=f"α = {alpha:g}")
     right.set(yscale="log", xlabel="ReLU layers", ylabel="energy, as a share of the input's")
     right.legend()
     figure.savefig(files[1], dpi=110)
