@@ -7,7 +7,7 @@ from geometries import CIRCULAR_CASES, KERAS_CASES, Case, label
 from oracles import impulse_matrix, naive_matrix
 
 import tf_frobreg.spectrum
-from tf_frobreg import singular_values
+from tf_frobreg import singular_values, transformation_matrix
 from tf_frobreg.spectrum import extreme_singular_values
 
 
@@ -20,6 +20,29 @@ def test_singular_values_are_those_of_the_keras_layer(case):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13 * expected[0])
     assert found.dtype == np.float64
     assert (np.diff(found) <= 0).all()
+
+
+@pytest.mark.parametrize("case", [*KERAS_CASES, *CIRCULAR_CASES], ids=label)
+@pytest.mark.parametrize("small", [0, 10**6], ids=["gram", "svd"])
+def test_singular_values_are_those_of_dense_m(case, small, monkeypatch):
+    monkeypatch.setattr(tf_frobreg.spectrum, "SMALL", small)
+    for dtype in ("float32", "float64"):
+        kernel = case.kernel(dtype=dtype)
+        sparse = transformation_matrix(kernel.astype("float64"), case.image, **case.geometry)
+        expected = np.linalg.svd(tf.sparse.to_dense(sparse), compute_uv=False)
+        found = singular_values(kernel, case.image, **case.geometry)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8 * expected[0])
+
+
+@pytest.mark.parametrize("scale", [1e-160, 1.0, 1e150])
+@pytest.mark.parametrize("padding", ["same", "circular"])
+def test_small_singular_values_are_right_where_a_gram_matrix_loses_them(padding, scale, monkeypatch):
+    monkeypatch.setattr(tf_frobreg.spectrum, "SMALL", 0)
+    kernel = np.zeros((3, 3, 2, 2))
+    kernel[1, 1] = scale * np.diag([1.0, 1e-9])
+    found = singular_values(kernel, 5, padding=padding)
+    np.testing.assert_allclose(found, scale * np.repeat([1.0, 1e-9], 25), rtol=1e-5)
+    assert singular_values(0 * kernel, 5, padding=padding).max() == 0
 
 
 def test_squares_add_up_to_the_norm_of_m():

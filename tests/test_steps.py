@@ -92,6 +92,22 @@ def test_exact_steps_neither_fail_nor_diverge(case, seed, scale):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("seed", range(20))
+def test_other_random_kernels_neither_fail_nor_diverge(seed, dtype):
+    random = np.random.RandomState(seed)
+    shape, size = (*random.randint(1, 6, 2), *random.randint(1, 9, 2)), random.randint(6, 15)
+    result = regularize_kernel(random.randn(*shape).astype(dtype), size, max_steps=300)
+    assert falls(result.history)
+    assert result.penalty < 0.1 * result.history["penalty"][0] or shape[2] > shape[3]  # whose floor is high
+    if result.converged:
+        sigma = singular_values(result.kernel, size)
+        assert max(abs(sigma[0] - 1), abs(sigma[-1] - 1)) <= 0.0101
+    else:
+        assert result.reason in (StopReason.MAX_STEPS, StopReason.STALLED)
+        assert shape[2] == shape[3]  # only square kernels have local minima to end in
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_at_the_optimum_rounding_ends_the_descent(dtype):
     # Of a Dense layer: the minima of convolutions are flat, and the way to their bottom is endless.
     result = regularize_kernel(normal(6, 3).astype(dtype), (), tolerance=0.0)

@@ -1,5 +1,6 @@
 """Singular values of the transformation matrix M."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Unpack
@@ -29,16 +30,22 @@ class ExtremeSingularValues(NamedTuple):
     sigma_min: float
 
 
-def singular_values(kernel, input_size, **geometry: Unpack[Geometry]) -> np.ndarray:
-    """Returns all singular values σ of M, exact, in descending order.
+def singular_values(
+    kernel, input_size, *, accuracy: float = 1e-8, **geometry: Unpack[Geometry]
+) -> np.ndarray:
+    """Returns all singular values σ of M, in descending order.
 
-    They come from a dense singular value decomposition in float64, whatever the dtype of the kernel: each
-    is right to about 1e-15·σmax. It takes the memory of M as a dense matrix and time that grows with the cube
-    of its smaller side.
+    They are computed in float64, whatever the dtype of the kernel, in one of three ways. For "circular"
+    padding at stride 1 a Fourier transform leaves one g×h matrix per frequency. Otherwise it is the
+    eigenvalues of the smaller Gram matrix of each group, unless a σ is so small that their rounding, about
+    n·1e-16·σmax²/σ on n rows, would be more than asked for: then it is the singular value decomposition of
+    M, several times slower, whose errors are about 1e-15·σmax. It takes the memory of dense matrices of that
+    size, and time that grows with the cube of the number of pixels and channels.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
         input_size: Spatial size of the input image, an int or one int per axis.
+        accuracy: Largest error of any σ, as a share of σmax. 1e-7 never needs the decomposition of M.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
             `tf_frobreg.convolution.Convolution`.
 
@@ -46,7 +53,7 @@ def singular_values(kernel, input_size, **geometry: Unpack[Geometry]) -> np.ndar
         `(min(rows, columns),)` float64, in units of σ.
 
     Raises:
-        ValueError: Where an argument is invalid, or M would not fit in memory as a dense matrix.
+        ValueError: Where an argument is invalid, or the matrices would not fit in memory.
         TypeError: Where an argument has the wrong type.
 
     Example:
@@ -60,9 +67,56 @@ def singular_values(kernel, input_size, **geometry: Unpack[Geometry]) -> np.ndar
         [1. 1. 1. 0.]
     """
     kernel = _values(kernel)
-    index = toeplitz_indices(kernel.shape, input_size, **geometry)
+    accuracy = check_number("accuracy", accuracy, exclusive=True)
+    conv = Convolution.of(kernel.shape, input_size, geometry)
+    scale = np.abs(kernel).max().astype(np.float64) or 1.0  # σ² of tiny or huge kernels has no float
+    blocks = conv.by_group(kernel.astype(np.float64) / scale, np)
+    if conv.padding == "circular" and conv.axes and max(conv.strides) == 1:
+        found = _by_frequency(blocks, conv)
+    else:
+        kind = "transpose" if conv.transposed else "conv"
+        group = dataclasses.replace(
+            conv, kernel_shape=(*conv.kernel_size, *conv.blocks[1:]), groups=1, kind=kind
+        )
+        index = toeplitz_indices(group.kernel_shape, group.input_size, **group.geometry)
+        rank = len(conv.kernel_size)
+        found = [_of_matrix(block, index, accuracy) for block in np.moveaxis(blocks, rank, 0)]
+    return scale * np.sort(np.concatenate(found, axis=None))[::-1]
+
+
+def _by_frequency(blocks, conv):
+    """The σ of an operator without border: those of one g×h matrix per frequency, half of them conjugates."""
+    sizes = [axis.input_size for axis in conv.axes]
+    # Taps of a kernel that is larger than the image fall onto each other.
+    image = np.zeros((*sizes, *blocks.shape[-3:]))
+    places = np.ix_(*(np.arange(a.kernel_size) * a.dilation % a.input_size for a in conv.axes))
+    np.add.at(image, places, blocks)
+    axes = tuple(range(len(sizes)))
+    spectrum = np.fft.rfftn(image, axes=axes)
+    sigma = np.linalg.svd(spectrum, compute_uv=False)
+    # The last axis holds frequencies 0 … n/2; all others but 0 and n/2 stand for two.
+    times = np.full(spectrum.shape[axes[-1]], 2)
+    times[0] = 1
+    if sizes[-1] % 2 == 0:
+        times[-1] = 1
+    return np.repeat(sigma, times, axis=axes[-1])
+
+
+def _of_matrix(block, index, accuracy):
+    """The σ of one group's M."""
+    size = min(index.dense_shape)
+    matrix = _sparse_matrix(block, index)
+    if size > SMALL:
+        _check_dense(index.dense_shape, 3 * size**2)
+        wide = index.dense_shape[0] < index.dense_shape[1]
+        gram = (matrix @ matrix.T if wide else matrix.T @ matrix).toarray()
+        sigma = np.sqrt(np.maximum(scipy.linalg.eigvalsh(gram, overwrite_a=True), 0.0))
+        # An error ε·n·σmax² of σ² is one of half of that, divided by σ, of σ.
+        rounding = np.finfo(np.float64).eps * size * sigma[-1] ** 2
+        if np.sqrt(rounding) <= accuracy * sigma[-1] or rounding <= 2 * sigma[0] * accuracy * sigma[-1]:
+            return sigma
     _check_dense(index.dense_shape, 3 * math.prod(index.dense_shape))
-    return scipy.linalg.svdvals(_sparse_matrix(kernel, index).toarray(), overwrite_a=True)
+    return scipy.linalg.svdvals(matrix.toarray(), overwrite_a=True)
 
 
 def extreme_singular_values(
