@@ -149,7 +149,8 @@ def test_a_diverged_descent_gives_back_the_kernel_with_the_lowest_penalty(dtype,
 def test_a_kernel_whose_penalty_overflows_is_given_back():
     kernel = np.full((3, 3, 1, 1), 1e30, "float32")
     result = regularize_kernel(kernel, 8)
-    assert (result.reason, result.num_steps) == (StopReason.DIVERGED, 0)
+    assert (result.reason, result.num_steps) == (StopReason.OVERFLOW, 0)
+    assert not result.converged
     assert np.array_equal(result.kernel, kernel)
 
 

@@ -1,5 +1,6 @@
 """What the paper compares itself with: the 2-norm penalty, the projection, the reshaped matrix."""
 
+import copy
 import subprocess
 import sys
 
@@ -80,7 +81,7 @@ def test_spectral_penalty_where_both_ends_are_equally_far():
 def test_spectral_penalty_of_multiples_of_the_identity(scale):
     kernel = np.zeros((3, 3, 2, 2))
     kernel[1, 1] = scale * np.eye(2)
-    assert spectral_penalty(kernel, 5).numpy() == pytest.approx(abs(scale**2 - 1), abs=1e-12)
+    assert spectral_penalty(kernel, 5).numpy() == pytest.approx(abs(scale**2 - 1), rel=1e-12)
 
 
 def test_spectral_regularizer_follows_the_kernel_with_two_steps_at_a_time():
@@ -100,6 +101,33 @@ def test_spectral_regularizer_follows_the_kernel_with_two_steps_at_a_time():
     sigma = singular_values(kernel, 6)
     kernel.assign(1.01 * kernel)
     assert regularizer(kernel).numpy() == pytest.approx(0.5 * (1.01**2 * sigma[0] ** 2 - 2.0), rel=1e-3)
+
+
+def test_kernels_that_are_gone_leave_nothing_to_others():
+    regularizer = SpectralRegularizer(5)
+    for number in range(60):
+        shape = (3, 3, 1 + number % 3, 2)
+        regularizer(tf.Variable(normal(*shape)))
+        layer = keras.layers.Conv2D(2, 3)
+        layer.build((None, 5, 5, shape[2]))
+        regularizer(layer.kernel)
+    assert len(regularizer._vectors) < 20
+    assert copy.deepcopy(regularizer).get_config() == regularizer.get_config()
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 1e9), ("float32", 1e-30), ("float64", 1e100)])
+def test_spectral_penalty_of_badly_scaled_kernels(dtype, scale):
+    kernel = (scale * normal(3, 3, 1, 2)).astype(dtype)
+    sigma = singular_values(kernel, 8)
+    expected = max(abs(sigma[0] ** 2 - 1), abs(sigma[-1] ** 2 - 1))
+    assert spectral_penalty(kernel, 8, power_steps=500).numpy() == pytest.approx(expected, rel=1e-4)
+    regularizer = SpectralRegularizer(8, factor=1.0)
+    variable = tf.Variable(1e10 * kernel)
+    regularizer(variable)
+    variable.assign(normal(3, 3, 1, 2))
+    values = [regularizer(variable).numpy() for _ in range(100)]
+    expected = singular_values(variable, 8)[0] ** 2 - 1
+    assert values[-1] == pytest.approx(expected, rel=1e-4)
 
 
 def small_model(**options):
@@ -270,6 +298,8 @@ KERNEL = np.ones((3, 3, 1, 1))
         (lambda: clip_singular_values(KERNEL, 8, strides=2), "strides must be 1 for the projection"),
         (lambda: clip_singular_values(KERNEL, 2), "input_size must be at least the .* for the projection"),
         (lambda: SingularValueClip(8, low=-1), "low must be a finite number at least 0"),
+        (lambda: SingularValueClip(8, strides=(1, 2)), "strides must be 1 for the projection"),
+        (lambda: reshaped_penalty(np.nan * KERNEL), "kernel must be finite"),
         (lambda: SingularValueClip(2)(KERNEL), "input_size must be at least"),
         (lambda: reshaped_penalty(np.ones(3)), "kernel must have"),
         (lambda: reshaped_penalty(KERNEL, alpha=-1), "alpha must be"),

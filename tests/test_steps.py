@@ -163,6 +163,56 @@ def test_a_continued_descent_is_the_uninterrupted_one(options):
     assert len(part.history["step"]) == 14
 
 
+@pytest.mark.parametrize("direction", [None, "gradient"])
+@pytest.mark.parametrize("first", ["exact", "paper", 1e-5, keras.optimizers.Adam(0.01)], ids=str)
+def test_a_descent_may_go_on_by_another_rule(first, direction):
+    start = regularize_kernel(normal(3, 3, 2, 3), 8, learning_rate=first, max_steps=5, tolerance=0.0)
+    for rate in ("exact", 1e-5, keras.optimizers.SGD(1e-5)):
+        direction_now = direction if rate == "exact" else None
+        rest = regularize_kernel(
+            start, 8, learning_rate=rate, direction=direction_now, max_steps=5, tolerance=0.0
+        )
+        anew = regularize_kernel(
+            start.kernel, 8, learning_rate=rate, direction=direction_now, max_steps=5, tolerance=0.0
+        )
+        if (rate, direction) != (first, None):
+            np.testing.assert_allclose(rest.kernel, anew.kernel, rtol=1e-12)
+
+
+def test_a_continued_optimizer_with_other_settings_starts_afresh():
+    options = {"max_steps": 5, "tolerance": 0.0}
+    start = regularize_kernel(normal(3, 3, 1, 2), 8, learning_rate=keras.optimizers.Adam(0.1), **options)
+    slower = keras.optimizers.Adam(1e-3)
+    rest = regularize_kernel(start, 8, learning_rate=slower, **options)
+    assert rest.history["learning_rate"][5:10] == pytest.approx(1e-3)
+    anew = regularize_kernel(start.kernel, 8, learning_rate=slower, **options)
+    np.testing.assert_allclose(rest.kernel, anew.kernel, rtol=1e-12)
+
+
+def test_an_optimizer_may_have_an_unregistered_schedule():
+    class Halving(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 1e-3 * 0.5 ** tf.cast(step, "float32")
+
+        def get_config(self):
+            return {}
+
+    optimizer = keras.optimizers.Adam(Halving())
+    result = regularize_kernel(normal(3, 3, 1, 2), 8, learning_rate=optimizer, max_steps=3, tolerance=0.0)
+    assert result.history["learning_rate"][:3] == pytest.approx([1e-3, 5e-4, 2.5e-4])
+
+
+def test_the_callback_sees_a_continued_step_once():
+    seen = []
+
+    def callback(step, kernel, penalty):
+        seen.append(step)
+
+    start = regularize_kernel(normal(3, 3, 1, 2), 8, max_steps=3, tolerance=0.0, callback=callback)
+    regularize_kernel(start, 8, max_steps=2, tolerance=0.0, callback=callback)
+    assert seen == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_result_is_continued_with_its_own_geometry_only():
     result = regularize_kernel(normal(3, 3, 1, 2), 8, max_steps=2)
     for changed in ({"input_size": 9}, {"input_size": 8, "alpha": 2.0}, {"input_size": 8, "strides": 2}):
@@ -204,6 +254,7 @@ def test_a_keras_optimizer_may_make_the_steps(name, dtype):
     ("arguments", "message"),
     [
         ({"direction": "newton"}, "direction must be one of .*Received: direction='newton'"),
+        ({"learning_rate": keras.optimizers.Adam}, "instance of a Keras optimizer"),
         ({"measure": "never"}, "measure must be one of .*Received: measure='never'"),
         (
             {"learning_rate": keras.optimizers.Adam(), "direction": "conjugate"},

@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import reprlib
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from tf_frobreg.checks import as_kernel, check_integer, check_number
 from tf_frobreg.convergence import Convergence
 from tf_frobreg.convolution import Convolution, Geometry
 from tf_frobreg.penalty import check_method, floor
-from tf_frobreg.steps import Point, Steps
+from tf_frobreg.steps import Steps
 
 __all__ = ["DescentResult", "StopReason", "regularize_kernel"]
 
@@ -24,9 +24,10 @@ class StopReason(enum.Enum):
 
     CONVERGED = "converged: σmax and σmin are within the tolerance of √α"
     STATIONARY = "converged: the gradient is below its tolerance"
-    STALLED = "not converged: in this precision R falls no further from here"
+    STALLED = "not converged: R falls no further from here, a stationary point or the limit of the precision"
     MAX_STEPS = "not converged: out of steps"
     DIVERGED = "diverged: the penalty is no longer finite, λ is too large; the kernel with the lowest is kept"
+    OVERFLOW = "not started: the penalty of this kernel is beyond its dtype; scale the kernel down"
     STOPPED = "not converged: stopped by the callback"
 
 
@@ -64,8 +65,7 @@ class _State:
 
     conv: Convolution
     alpha: float
-    point: Point | None
-    steps: Any
+    steps: tuple
 
 
 def regularize_kernel(
@@ -95,13 +95,16 @@ def regularize_kernel(
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable. It
-            is not modified. A `DescentResult` is continued: steps, history, conjugate directions and the
-            state of a Keras optimizer go on from there, while `max_steps` counts the new steps.
+            is not modified. A `DescentResult` is continued: its steps count on, for a learning rate that
+            depends on them too, and its history grows; with the same settings so do its conjugate
+            directions and its Keras optimizer, as if there had been no stop. All arguments but alpha and the
+            geometry may change; `max_steps` counts the new steps.
         input_size: Spatial size of the input image, an int or one int per axis.
         alpha: α, the target of σ². Positive.
-        learning_rate: λ: "exact"; "paper" (`paper_schedule`); a positive number; a function of the step
-            such as a Keras `LearningRateSchedule`; or a Keras optimizer, of which a copy makes the steps from
-            the gradients (3.2). The gradient grows with the image, so a λ of one's own has to shrink with it:
+        learning_rate: λ: "exact" (negative where the lowest point lies behind); "paper" (`paper_schedule`);
+            a positive number; a function of the step such as a Keras `LearningRateSchedule`; or a Keras
+            optimizer, of which a copy makes the steps from the gradients (3.2). The gradient grows with the
+            image, so a λ of one's own has to shrink with it:
             the paper's suits images up to about 22×22; a 3×3×3×6 kernel oscillates with it at 24×24 and
             diverges at 32×32.
         direction: D: "gradient" for −G or "conjugate" for Polak–Ribière+ directions, which restart where
@@ -117,7 +120,7 @@ def regularize_kernel(
             (`tf.GradientTape` through `frobenius_penalty`).
         method: As for `frobenius_penalty`, for R_α and G; the exact step uses the closed form.
         callback: Called as `callback(step, kernel, penalty)` at every step before it is taken; the
-            descent stops where it returns True.
+            descent stops where it returns a true value.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
             `tf_frobreg.convolution.Convolution`.
 
@@ -151,9 +154,8 @@ def regularize_kernel(
     conv = Convolution.of(kernel.shape, input_size, geometry)
     steps = Steps(conv, alpha, learning_rate, direction, gradient, check_method(method))
     convergence = Convergence(conv, alpha, tolerance, measure)
-    point, rows = _resume(before, steps, conv, alpha) if before else (None, [])
-    if point is None:
-        point = steps.start(kernel)
+    rows = _rows(before, conv, alpha) if before else []
+    point = steps.resume(kernel, before._state.steps) if before else steps.start(kernel)
     penalty_floor = floor(conv, alpha)
 
     first, best, reason = len(rows), None, None
@@ -163,8 +165,8 @@ def regularize_kernel(
         row |= {"step": step, "penalty": point.excess + penalty_floor, "gradient_norm": point.slope_norm}
         rows.append(row)
         if not np.isfinite(point.excess):
+            reason = StopReason.DIVERGED if best else StopReason.OVERFLOW
             point, row = best or (point, row)
-            reason = StopReason.DIVERGED
             break
         if best is None or point.excess < best[0].excess:
             best = point, row
@@ -173,7 +175,8 @@ def regularize_kernel(
             reason = StopReason.CONVERGED
         elif row["gradient_norm"] <= gradient_tolerance > 0:
             reason = StopReason.STATIONARY
-        asked = callback is not None and callback(step, kernel, row["penalty"])
+        # The first step of a continued descent has been seen already.
+        asked = callback and (step > first or not before) and callback(step, kernel, row["penalty"])
         if reason is None and step - first == max_steps:
             reason = StopReason.MAX_STEPS
         if reason is None and asked:
@@ -186,13 +189,13 @@ def regularize_kernel(
 
     if np.isfinite(row["penalty"]) and (tolerance > 0 or measure == "often"):
         convergence.measure(point.kernel.numpy(), row)
-    state = _State(conv, alpha, None if reason is StopReason.DIVERGED else point, steps.suspend())
+    state = _State(conv, alpha, steps.suspend(None if reason is StopReason.DIVERGED else point))
     history = {column: np.array([row[column] for row in rows]) for column in COLUMNS}
     return DescentResult(point.kernel.numpy(), row["penalty"], int(row["step"]), reason, history, state)
 
 
-def _resume(before: DescentResult, steps: Steps, conv: Convolution, alpha: float):
-    """The point and the rows from which to go on; the last row is made anew."""
+def _rows(before: DescentResult, conv: Convolution, alpha: float) -> list[dict[str, float]]:
+    """The rows of a descent to be continued, but for the last, which is made anew."""
     state = before._state
     if (conv, alpha) != (state.conv, state.alpha):
         raise ValueError(
@@ -200,7 +203,5 @@ def _resume(before: DescentResult, steps: Steps, conv: Convolution, alpha: float
             f"result.kernel to begin anew. Received: alpha={alpha}, {conv} after alpha={state.alpha}, "
             f"{state.conv}"
         )
-    steps.resume(state.steps)
     columns = {name: before.history[name][: before.num_steps].tolist() for name in COLUMNS}
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return state.point, rows
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

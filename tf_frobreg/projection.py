@@ -3,6 +3,7 @@
 import reprlib
 from typing import Unpack
 
+import numpy as np
 import tensorflow as tf
 
 from tf_frobreg.checks import as_kernel, check_number
@@ -78,6 +79,7 @@ class SingularValueClip(tf.keras.constraints.Constraint):
     def __init__(self, input_size, low=0.0, high=1.0, **geometry: Unpack[Geometry]):
         self.low, self.high = _check_interval(low, high)
         self.geometry = check_geometry(input_size, geometry)
+        _check_strides(self.geometry["strides"])
 
     def __call__(self, w):
         """Returns the clipped kernel."""
@@ -134,9 +136,13 @@ def _check_interval(low, high):
     return low, high
 
 
+def _check_strides(strides):
+    if np.max(strides, initial=1) > 1:
+        raise ValueError(f"strides must be 1 for the projection. Received: strides={strides}")
+
+
 def _check_operator(conv: Convolution) -> Convolution:
-    if max(conv.strides, default=1) > 1:
-        raise ValueError(f"strides must be 1 for the projection. Received: strides={conv.strides}")
+    _check_strides(conv.strides)
     for axis in conv.axes:
         if axis.input_size < axis.span:
             raise ValueError(

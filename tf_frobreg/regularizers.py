@@ -1,5 +1,6 @@
 """The Keras regularizers."""
 
+import weakref
 from typing import Unpack
 
 import tensorflow as tf
@@ -7,7 +8,7 @@ import tensorflow as tf
 from tf_frobreg.checks import as_kernel, check_integer, check_number
 from tf_frobreg.convolution import Convolution, Geometry, check_geometry
 from tf_frobreg.penalty import check_method, evaluate
-from tf_frobreg.reshaped import reshaped_penalty
+from tf_frobreg.reshaped import evaluate_reshaped
 from tf_frobreg.spectral import check_gram, power_iteration, start_vector
 
 __all__ = ["FrobeniusRegularizer", "ReshapedRegularizer", "SpectralRegularizer"]
@@ -169,15 +170,23 @@ class SpectralRegularizer(tf.keras.regularizers.Regularizer):
 
     def _vector(self, x, dtype, conv):
         """The variable with the vector of this kernel: one regularizer may serve several layers."""
-        key = id(x) if hasattr(x, "assign") else (conv.kernel_shape, dtype)
-        if key not in self._vectors:
+        owned = hasattr(x, "assign")
+        key = id(x) if owned else (conv.kernel_shape, dtype)
+        owner, vector = self._vectors.get(key, (None, None))
+        if vector is None or (owned and owner() is not x):
+            # Vectors of kernels that are gone go too: another kernel may come to have the same id.
+            self._vectors = {k: (o, v) for k, (o, v) in self._vectors.items() if o is None or o() is not None}
             with tf.init_scope():  # outlives the function that is being traced
-                self._vectors[key] = tf.Variable(
+                vector = tf.Variable(
                     start_vector(conv, self.gram, dtype),
                     trainable=False,
                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
                 )
-        return self._vectors[key]
+            self._vectors[key] = (weakref.ref(x) if owned else None, vector)
+        return vector
+
+    def __getstate__(self):
+        return self.__dict__ | {"_vectors": {}}  # a copy has kernels of its own
 
 
 @tf.keras.utils.register_keras_serializable(package="tf_frobreg")
@@ -206,7 +215,7 @@ class ReshapedRegularizer(tf.keras.regularizers.Regularizer):
 
     def __call__(self, x):
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        return self.factor * reshaped_penalty(x, alpha=self.alpha)
+        return self.factor * evaluate_reshaped(as_kernel(x, check_finite=False), self.alpha)
 
     def get_config(self):
         """Returns the constructor's arguments as plain values."""

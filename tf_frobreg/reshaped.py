@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tf_frobreg.checks import as_kernel, check_number
 
-__all__ = ["reshaped_penalty"]
+__all__ = ["evaluate_reshaped", "reshaped_penalty"]
 
 
 def reshaped_penalty(kernel, *, alpha: float = 1.0) -> tf.Tensor:
@@ -37,7 +37,11 @@ def reshaped_penalty(kernel, *, alpha: float = 1.0) -> tf.Tensor:
         8.0 2.98
     """
     alpha = check_number("alpha", alpha, exclusive=True)
-    kernel = as_kernel(kernel, check_finite=False)
+    return evaluate_reshaped(as_kernel(kernel), alpha)
+
+
+def evaluate_reshaped(kernel: tf.Tensor, alpha: float) -> tf.Tensor:
+    """`reshaped_penalty` of arguments that have been checked, but for the kernel's shape."""
     if kernel.shape.rank is None or kernel.shape.rank < 2 or None in kernel.shape:
         raise ValueError(
             "kernel must have a known shape, (*kernel_size, in_channels, filters). "

@@ -77,10 +77,13 @@ def power_iteration(
     """(the penalty as it is known after some power steps from `vector`, the vector they led to)."""
     transposed = _transposed(conv, gram)
     ahead, back = (apply_adjoint, apply) if transposed else (apply, apply_adjoint)
+    # Squares of large kernels overflow long before the penalty does.
+    scale = tf.maximum(tf.stop_gradient(tf.reduce_max(tf.abs(kernel))), 1.0)
+    kernel, target = kernel / scale, alpha / scale**2
     fixed = tf.stop_gradient(kernel)
 
     def step(number, left, right):
-        image = back(fixed, ahead(fixed, right, conv), conv) - alpha * right
+        image = back(fixed, ahead(fixed, right, conv), conv) - target * right
         norm = tf.norm(image)
         # Where σ² = α throughout, the vector has nowhere to go and stays.
         return number + 1, right, tf.where(norm > 0, tf.math.divide_no_nan(image, norm), right)
@@ -89,8 +92,8 @@ def power_iteration(
     _, left, right = tf.while_loop(lambda number, *_: number < steps, step, [0, vector, vector])
     left, right = tf.stop_gradient(left), tf.stop_gradient(right)
     both = ahead(kernel, tf.concat([left, right], axis=0), conv)
-    value = tf.reduce_sum(both[0] * both[1]) - alpha * tf.reduce_sum(left * right)
-    return tf.abs(value), right
+    value = tf.reduce_sum(both[0] * both[1]) - target * tf.reduce_sum(left * right)
+    return scale * (scale * tf.abs(value)), right
 
 
 @functools.lru_cache(maxsize=8)  # many power steps one by one would be slow

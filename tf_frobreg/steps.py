@@ -73,6 +73,7 @@ class Steps:
                 'direction must be "gradient" where a Keras optimizer makes the steps. '
                 f"Received: direction={direction!r}"
             )
+        self.rule = (self.exact, direction, gradient, method)
         self._evaluate = _traced(conv, alpha, direction == "conjugate", self.exact, gradient, method)
 
     def start(self, kernel: tf.Tensor) -> Point:
@@ -98,14 +99,16 @@ class Steps:
                 return None, np.nan
             point = self.start(point.kernel)
 
-    def suspend(self) -> list[np.ndarray] | None:
-        """What `resume` needs besides the point: the values of an optimizer's variables."""
-        return self._optimizer and self._optimizer.values()
+    def suspend(self, point: Point | None) -> tuple:
+        """What `resume` needs to go on from a point as if there had been no stop."""
+        return self.rule, point, self._optimizer and self._optimizer.state()
 
-    def resume(self, values: list[np.ndarray] | None) -> None:
-        """Goes on with the optimizer's variables as they were, if it is still the same kind of optimizer."""
-        if self._optimizer:
-            self._optimizer.resume_from = values
+    def resume(self, kernel: tf.Tensor, suspended: tuple) -> Point:
+        """The point at a kernel: as it was, if the same rule goes on; an optimizer's state goes with it."""
+        rule, point, state = suspended
+        if self._optimizer and point is not None:
+            self._optimizer.resume_from = state
+        return point if point is not None and rule == self.rule else self.start(kernel)
 
     def _along(self, point, t):
         return self._point(point.kernel, point.slope, point.direction, t)
@@ -120,7 +123,12 @@ class _KerasOptimizer:
     """A copy of a Keras optimizer, which can belong to one variable only, at work on a kernel."""
 
     def __init__(self, optimizer):
-        self._own = type(optimizer).from_config(optimizer.get_config())
+        config = optimizer.get_config()
+        schedule = getattr(optimizer, "_learning_rate", None)
+        if isinstance(schedule, tf.keras.optimizers.schedules.LearningRateSchedule):
+            config["learning_rate"] = schedule  # one of the user's own need not be registered with Keras
+        self._own = type(optimizer).from_config(config)
+        self._identity = type(optimizer), repr(optimizer.get_config())
         self._update = None
         self.resume_from = None
 
@@ -131,15 +139,18 @@ class _KerasOptimizer:
         rate = float(self._own.learning_rate)
         return self._update(point.kernel, tf.cast(0.5 * point.slope, point.kernel.dtype)), rate
 
-    def values(self):
-        return [variable.numpy() for variable in self._own.variables]
+    def state(self):
+        """What `resume_from` takes: only an optimizer of the same settings goes on with these values."""
+        return self._identity, [variable.numpy() for variable in self._own.variables]
 
     def _build(self, kernel):
         weight = tf.Variable(kernel)
         self._own.build([weight])
-        old, new = self.resume_from or [], self._own.variables
-        if [value.shape for value in old] == [tuple(variable.shape) for variable in new]:
-            for variable, value in zip(new, old, strict=True):
+        identity, values = self.resume_from or (None, [])
+        if identity == self._identity:
+            for variable, value in zip(
+                self._own.variables, values, strict=False
+            ):  # none if no step was taken
                 variable.assign(value)
 
         @tf.function(autograph=False)
@@ -174,12 +185,12 @@ def paper_schedule(step: int) -> float:
 
 
 def _schedule(learning_rate) -> Callable[[int], float]:
-    if isinstance(learning_rate, str):
-        if learning_rate == "paper":
-            return paper_schedule
+    if isinstance(learning_rate, str) and learning_rate == "paper":
+        return paper_schedule
+    if isinstance(learning_rate, (str, type)):
         raise ValueError(
-            'learning_rate must be "exact", "paper", a positive number, a function of the step or a Keras '
-            f"optimizer. Received: learning_rate={learning_rate!r}"
+            'learning_rate must be "exact", "paper", a positive number, a function of the step or an '
+            f"instance of a Keras optimizer. Received: learning_rate={learning_rate!r}"
         )
     if callable(learning_rate):
         return lambda step: check_number(f"learning_rate({step})", learning_rate(step))
