@@ -120,9 +120,7 @@ def _dilate(taps, conv):
     """Puts zeros between the taps of a dilated kernel."""
     for number, axis in enumerate(conv.axes, start=3):
         if axis.dilation > 1:
-            places = tf.one_hot(
-                range(0, axis.span, axis.dilation), axis.span, dtype=taps.dtype
-            )  # (taps, span)
+            places = tf.one_hot(range(0, axis.span, axis.dilation), axis.span, dtype=taps.dtype)
             taps = tf.tensordot(taps, places, ((number,), (0,)))
             last = taps.shape.rank - 1
             taps = tf.transpose(taps, (*range(number), last, *range(number, last)))

@@ -19,7 +19,9 @@ from tf_frobreg.toeplitz import ToeplitzIndices, toeplitz_indices
 __all__ = ["ExtremeSingularValues", "extreme_singular_values", "extremes_of", "singular_values"]
 
 SMALL = 300  # rows of a Gram matrix up to which LAPACK beats ARPACK (3.8 ms each, measured)
-SPARSE = 500_000  # entries of M up to which its Gram matrix, kept sparse, beats two convolutions (2 ms each)
+# Entries of M up to which its sparse Gram matrix finds σmax and σmin faster than convolutions do: measured 7
+# times as fast at 60,000 entries, 2.5 times slower at 1,100,000.
+SPARSE = 500_000
 KRYLOV, RESTARTS = 20, 200  # vectors that ARPACK keeps, and how often it starts again from the best of them
 
 
@@ -108,8 +110,7 @@ def _of_matrix(block, index, accuracy):
     matrix = _sparse_matrix(block, index)
     if size > SMALL:
         _check_dense(index.dense_shape, 3 * size**2)
-        wide = index.dense_shape[0] < index.dense_shape[1]
-        gram = (matrix @ matrix.T if wide else matrix.T @ matrix).toarray()
+        gram = _smaller_gram(matrix).toarray()
         sigma = np.sqrt(np.maximum(scipy.linalg.eigvalsh(gram, overwrite_a=True), 0.0))
         # An error ε·n·σmax² of σ² is one of half of that, divided by σ, of σ.
         rounding = np.finfo(np.float64).eps * size * sigma[-1] ** 2
@@ -174,10 +175,7 @@ def extremes_of(
 
     def extremes(kernel):
         scale = np.abs(kernel).max().astype(np.float64) or 1.0  # σ² of tiny or huge kernels has no float
-        matrix = _sparse_matrix(kernel / scale, index)
-        if matrix.shape[0] < matrix.shape[1]:
-            matrix = matrix.T
-        gram = (matrix.T @ matrix).tocsr()
+        gram = _smaller_gram(_sparse_matrix(kernel / scale, index))
         eigenvalues = _lanczos_ends(gram.dot, gram.shape[0], accuracy) if gram.shape[0] > SMALL else None
         if eigenvalues is None:
             if gram.shape[0] > dense_rows:
@@ -257,6 +255,12 @@ def _sparse_matrix(kernel: np.ndarray, index: ToeplitzIndices) -> scipy.sparse.c
     starts = np.searchsorted(rows, np.arange(index.dense_shape[0] + 1))
     values = kernel.astype(np.float64).ravel()[index.kernel_index]
     return scipy.sparse.csr_array((values, columns, starts), index.dense_shape)
+
+
+def _smaller_gram(matrix):
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T
+    return (matrix.T @ matrix).tocsr()
 
 
 def _check_dense(shape, entries):
