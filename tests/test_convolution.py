@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tf_frobreg.checks import check_number
-from tf_frobreg.coincidence import _enumerate_classes, coincidences
+from tf_frobreg.coincidence import _count, coincidences
 from tf_frobreg.convolution import Axis, Convolution
 
 
@@ -23,7 +23,7 @@ def test_classes_of_a_long_axis_follow_from_short_ones(n, k, stride, dilation, p
     axis = Axis(n, k, stride, dilation, padding)
     assume(padding != "valid" or n >= axis.span)
     assert axis.num_taps == len(axis.taps.entries)
-    expected = _enumerate_classes(axis, side)
+    expected = _count(axis, side)
     found = coincidences(axis, side)
     classes = {
         tuple(map(tuple, found.pairs[members.astype(bool)].tolist())): count

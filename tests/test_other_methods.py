@@ -47,6 +47,19 @@ def test_the_map_and_its_adjoint_are_m(case):
         np.testing.assert_allclose(found.reshape(2, -1), images.reshape(2, -1) @ expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("case", ALL_CASES, ids=label)
+def test_the_map_is_m_in_a_float32_graph_too(case):
+    """TensorFlow rewrites graphs, and not always rightly: a padded Conv3D lost its padding."""
+    kernel = case.kernel(dtype="float32")
+    conv = Convolution.of(kernel.shape, case.image, case.geometry)
+    matrix = dense(kernel, case).numpy()
+    ends = [normal(2, *shape).astype("float32") for shape in image_shapes(conv)]
+    for function, images, expected in [(apply, ends[0], matrix.T), (apply_adjoint, ends[1], matrix)]:
+        traced = tf.function(lambda k, x, f=function: f(k, x, conv), autograph=False)
+        found = traced(tf.constant(kernel), tf.constant(images)).numpy()
+        np.testing.assert_allclose(found.reshape(2, -1), images.reshape(2, -1) @ expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("gram", ["columns", "smaller"])
 @pytest.mark.parametrize("case", ALL_CASES, ids=label)
 def test_spectral_penalty_and_its_gradient_are_those_of_an_svd(case, gram):

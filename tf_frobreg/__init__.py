@@ -12,24 +12,32 @@ _run_as_script = os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(
 
 if not (_run_as_module or _run_as_script):
     from tf_frobreg.descent import DescentResult, StopReason, regularize_kernel
+    from tf_frobreg.extremes import (
+        ExtremeSingularValues,
+        condition_number,
+        extreme_singular_values,
+        spectral_norm,
+    )
     from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_excess, penalty_floor
     from tf_frobreg.plotting import plot_convergence
     from tf_frobreg.projection import SingularValueClip, clip_singular_values
     from tf_frobreg.regularizers import FrobeniusRegularizer, ReshapedRegularizer, SpectralRegularizer
     from tf_frobreg.reshaped import reshaped_penalty
     from tf_frobreg.spectral import spectral_penalty
-    from tf_frobreg.spectrum import extreme_singular_values, singular_values
+    from tf_frobreg.spectrum import singular_values
     from tf_frobreg.steps import paper_schedule
     from tf_frobreg.toeplitz import index_set, toeplitz_indices, transformation_matrix
 
 __all__ = [
     "DescentResult",
+    "ExtremeSingularValues",
     "FrobeniusRegularizer",
     "ReshapedRegularizer",
     "SingularValueClip",
     "SpectralRegularizer",
     "StopReason",
     "clip_singular_values",
+    "condition_number",
     "extreme_singular_values",
     "frobenius_gradient",
     "frobenius_penalty",
@@ -41,6 +49,7 @@ __all__ = [
     "regularize_kernel",
     "reshaped_penalty",
     "singular_values",
+    "spectral_norm",
     "spectral_penalty",
     "toeplitz_indices",
     "transformation_matrix",

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_frobreg.checks import check_memory
-from tf_frobreg.coincidence import Coincidences, coincidences
+from tf_frobreg.coincidence import Coincidences, coincidences, joint_members
 from tf_frobreg.convolution import Axis, Convolution
 
 __all__ = ["ClosedForm", "closed_form"]
@@ -47,7 +47,7 @@ def closed_form(conv: Convolution) -> "ClosedForm":
     rest = [coincidences(a, side) for a in axes[1:]]
     parts = ()
     if sizes[side]:  # 0 where no tap meets the image, as with dilation 2 on a single pixel
-        joint = _joint_members(rest, [a.kernel_size for a in axes[1:]])
+        joint = joint_members(rest, [a.kernel_size for a in axes[1:]])
         joint = joint * np.sqrt(_outer(c.counts for c in rest))[:, None]
         on_diagonal = _outer(c.diagonal for c in rest)
         parts = tuple(_part(first, d, joint, on_diagonal) for d in (True, False) if d in first.diagonal)
@@ -210,16 +210,6 @@ def _part(first: Coincidences, diagonal: bool, joint: np.ndarray, on_diagonal: n
     target = np.kron(members.max(axis=1), joint.max(axis=1) * on_diagonal) if diagonal else None
     combine = members.size * joint.size <= COMBINED
     return Part(first.pairs[pairs], (np.kron(members, joint),) if combine else (members, joint), target)
-
-
-def _joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) -> np.ndarray:
-    """The members of each joint class of several axes, among all pairs of flat indices (q…, s…)."""
-    joint = np.ones((1, 1, 1), dtype=bool)  # (classes, q, s)
-    for axis, k in zip(axes, kernel_sizes, strict=True):
-        square = np.zeros((len(axis.counts), k, k), dtype=bool)
-        square[:, axis.pairs[:, 0], axis.pairs[:, 1]] = axis.members
-        joint = np.kron(joint, square)
-    return joint.reshape(len(joint), -1)
 
 
 def _outer(vectors: Iterable[np.ndarray]) -> np.ndarray:

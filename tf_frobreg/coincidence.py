@@ -7,6 +7,7 @@ the classes, each at many places (i, j).
 
 import dataclasses
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from tf_frobreg.checks import check_memory
 from tf_frobreg.convolution import Axis
 
-__all__ = ["Coincidences", "coincidences"]
+__all__ = ["Coincidences", "coincidences", "joint_members", "places"]
 
 # Per class and pair, from the bools here to the float64 and float32 matrices of the closed form.
 BYTES_PER_MEMBER = 40
@@ -69,6 +70,26 @@ def coincidences(axis: Axis, side: str, *, half: bool = False) -> Coincidences:
     )
 
 
+def places(axis: Axis, side: str) -> np.ndarray:
+    """Returns the rows (i, j, class) of one axis' Gram matrix, `class` numbered as by `coincidences`."""
+    classes = coincidences(axis, side)
+    number = {
+        tuple(map(tuple, classes.pairs[row].tolist())): count for count, row in enumerate(classes.members)
+    }
+    found = [(i, j, number[c]) for c, where in _places(axis, side).items() for i, j in where]
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
+
+
+def joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) -> np.ndarray:
+    """The members of each joint class of several axes, among all pairs of flat indices (q…, s…)."""
+    joint = np.ones((1, 1, 1), dtype=bool)  # (classes, q, s)
+    for axis, k in zip(axes, kernel_sizes, strict=True):
+        square = np.zeros((len(axis.counts), k, k), dtype=bool)
+        square[:, axis.pairs[:, 0], axis.pairs[:, 1]] = axis.members
+        joint = np.kron(joint, square)
+    return joint.reshape(len(joint), -1)
+
+
 def _count_classes(axis: Axis, side: str) -> dict[tuple, int]:
     """Maps each class, a sorted tuple of pairs, to its number of places.
 
@@ -79,24 +100,31 @@ def _count_classes(axis: Axis, side: str) -> dict[tuple, int]:
     short = 2 * axis.span + 2 * period
     repeats = (axis.input_size - short) // period
     if repeats <= 1:
-        return _enumerate_classes(axis, side)
+        return _count(axis, side)
     base_size = axis.input_size - repeats * period
     base, longer = (
-        _enumerate_classes(dataclasses.replace(axis, input_size=base_size + extra), side)
-        for extra in (0, period)
+        _count(dataclasses.replace(axis, input_size=base_size + extra), side) for extra in (0, period)
     )
     return {c: base[c] + repeats * (n - base[c]) for c, n in longer.items()}
 
 
-def _enumerate_classes(axis: Axis, side: str) -> Counter:
+def _places(axis: Axis, side: str) -> dict[tuple, list[tuple[int, int]]]:
+    """Maps each class, a sorted tuple of pairs, to the places (i, j) where it occurs."""
     outputs, inputs, entries = axis.taps
     own, shared = (inputs, outputs) if side == "input" else (outputs, inputs)
     meeting = defaultdict(list)
     for s, i, p in zip(shared.tolist(), own.tolist(), entries.tolist(), strict=True):
         meeting[s].append((i, p))
-    places = defaultdict(list)
+    pairs_at = defaultdict(list)
     for taps in meeting.values():
         for i, p in taps:
             for j, r in taps:
-                places[i, j].append((p, r))
-    return Counter(tuple(sorted(pairs)) for pairs in places.values())
+                pairs_at[i, j].append((p, r))
+    found = defaultdict(list)
+    for place, pairs in pairs_at.items():
+        found[tuple(sorted(pairs))].append(place)
+    return found
+
+
+def _count(axis: Axis, side: str) -> Counter:
+    return Counter({c: len(where) for c, where in _places(axis, side).items()})

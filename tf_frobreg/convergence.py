@@ -7,12 +7,11 @@ import numpy as np
 
 from tf_frobreg.closed_form import closed_form
 from tf_frobreg.convolution import Convolution
-from tf_frobreg.spectrum import extremes_of
+from tf_frobreg.extremes import Extremes
 
 __all__ = ["Convergence"]
 
 MEASURES = ("rarely", "often")
-DENSE_ROWS = 2000  # up to which σ may take a dense eigensolver, 0.4 s, when Lanczos fails
 
 
 class Convergence:
@@ -74,9 +73,7 @@ def _extremes(conv: Convolution, tolerance: float) -> Callable[[np.ndarray], tup
     """A function that returns (σmax, σmin) of a kernel, or NaN where they cannot be had, without raising."""
     accuracy = min(1e-4, 1e-2 * tolerance) or 1e-6
     try:
-        extremes = extremes_of(
-            conv.kernel_shape, conv.input_size, accuracy=accuracy, dense_rows=DENSE_ROWS, **conv.geometry
-        )
+        extremes = Extremes(conv, accuracy)
     except ValueError as error:
         if tolerance == 0:
             return lambda kernel: (math.nan, math.nan)
@@ -84,12 +81,18 @@ def _extremes(conv: Convolution, tolerance: float) -> Callable[[np.ndarray], tup
             f"tolerance needs σ, which cannot be measured ({error}) Use tolerance=0, and gradient_tolerance "
             f"to stop. Received: tolerance={tolerance}"
         ) from None
+    found = None
 
     def measure(kernel):
+        nonlocal found
         try:
-            return extremes(kernel)
-        except ValueError:  # a descent is not to end because one σmin is too hard for the memory at hand
+            found = extremes(kernel, found)
+        except ValueError:  # a descent is not to end because memory is short for a moment
             return math.nan, math.nan
+        return (
+            found.sigma_max if found.sigma_max_converged else math.nan,
+            found.sigma_min if found.sigma_min_converged else math.nan,
+        )
 
     return measure
 

@@ -82,4 +82,6 @@ def _pad(images, axis, number):
     before[number] = (axis.pad, max(end - axis.input_size, 0))
     inside = [slice(None)] * images.shape.rank
     inside[number] = slice(0, min(end, axis.input_size))
-    return tf.pad(images[tuple(inside)], before)
+    # Not tf.pad: of Pad and a float32 Conv3D, TensorFlow 2.21 makes one operation that forgets about padding.
+    zero = tf.zeros((), images.dtype)
+    return tf.raw_ops.PadV2(input=images[tuple(inside)], paddings=before, constant_values=zero)

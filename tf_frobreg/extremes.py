@@ -1,0 +1,365 @@
+"""σmax and σmin of M without its other singular values: what fits where M does not."""
+
+import functools
+import math
+import reprlib
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple, Unpack
+
+import numpy as np
+import tensorflow as tf
+from scipy.sparse.linalg import lobpcg
+
+from tf_frobreg.checks import check_integer, check_memory, check_number
+from tf_frobreg.convolution import Convolution, Geometry
+from tf_frobreg.gram import gram
+from tf_frobreg.linear_map import apply, apply_adjoint, image_shapes
+from tf_frobreg.spectrum import all_singular_values, has_frequencies, known_values, largest_entry
+
+__all__ = [
+    "ExtremeSingularValues",
+    "Extremes",
+    "condition_number",
+    "extreme_singular_values",
+    "spectral_norm",
+]
+
+DENSE_ROWS = 300  # up to which all singular values take no longer
+RESCUE_ROWS = 2000  # up to which all singular values are computed where the search fails: about 1 s
+ALL_ROWS = 5000  # up to which condition_number computes all singular values: about 15 s
+FREQUENCY_WORK = 3e8  # of a borderless operator, frequencies·g·h·min(g, h): 0.3 s for all its singular values
+SPARSE_ENTRIES = 1_000_000  # of the Gram matrix up to which it is faster than two convolutions
+VECTORS = 10  # that LOBPCG holds
+# Products in float32 take half the time; to this accuracy their rounding does not show.
+SINGLE = 1e-5
+NOISE = 0.03  # share of a random vector in a warm start, for a σ that has become the outermost meanwhile
+
+
+class Start:
+    """The vectors a search ended at. Opaque, so that printing or comparing results does not touch them."""
+
+    def __init__(self, high: np.ndarray, low: np.ndarray | None):
+        self.high, self.low = high, low
+
+    def __repr__(self):
+        return f"<vectors of {self.high.size} entries>"
+
+
+class ExtremeSingularValues(NamedTuple):
+    """The largest and the smallest of the min(rows, columns) singular values of M, in units of σ.
+
+    Attributes:
+        sigma_max: At most σmax, but for rounding.
+        sigma_min: At least σmin, but for rounding; NaN where it was not asked for.
+        sigma_max_error: Some singular value is at most this far from `sigma_max`: σmax, unless it was missed
+            or has a neighbour as close to it as the accuracy.
+        sigma_min_error: The same of `sigma_min`; as large as that where it cannot be told from 0.
+        sigma_max_converged: Whether the accuracy asked for was reached.
+        sigma_min_converged: The same of `sigma_min`.
+        vectors: For a warm start; None where all singular values were computed.
+    """
+
+    sigma_max: float
+    sigma_min: float
+    sigma_max_error: float
+    sigma_min_error: float
+    sigma_max_converged: bool
+    sigma_min_converged: bool
+    vectors: Start | None = None
+
+    @property
+    def converged(self) -> bool:
+        """Whether both values have the accuracy asked for."""
+        return self.sigma_max_converged and self.sigma_min_converged
+
+
+def extreme_singular_values(
+    kernel,
+    input_size,
+    *,
+    accuracy: float = 1e-4,
+    start: ExtremeSingularValues | None = None,
+    max_iterations: int = 1000,
+    **geometry: Unpack[Geometry],
+) -> ExtremeSingularValues:
+    """Returns σmax and σmin of M with error bounds, for layers of any size.
+
+    They are the ends of the spectrum of the smaller Gram matrix G, MᵀM or MMᵀ, found by LOBPCG (SciPy). It
+    needs nothing but products with G: a sparse matrix or, of larger layers, a convolution and its adjoint, in
+    float32 as far as that goes, then in float64. Small layers, and "circular" ones of moderate size, have
+    all their singular values computed instead.
+
+    θ = vᵀGv of any unit vector v lies between σmin² and σmax², and some σ² within its residual ‖Gv − θv‖
+    (both taken in float64): hence the bounds. That it is the outermost σ² rests, as with every iteration of
+    this kind, on the random vector it starts from. In a tight spectrum, as regularized kernels have, every
+    vector has a small residual: there it has to fall to a hundredth of the spread of all σ² too.
+
+    Args:
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        accuracy: σmax is bounded to accuracy·σmax, and σmin to √accuracy·σmax or, where σmin is not that
+            small, to accuracy·σmax²/2σmin. A σmin below 1e-7·σmax is noise for any accuracy, but for layers
+            whose singular values are all computed.
+        start: What this function gave for a similar kernel of the same geometry, such as that of the epoch
+            before: the search begins there.
+        max_iterations: Products with G at the most, for each of the two values.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
+            `tf_frobreg.convolution.Convolution`.
+
+    Returns:
+        An `ExtremeSingularValues` (sigma_max, sigma_min, sigma_max_error, sigma_min_error,
+        sigma_max_converged, sigma_min_converged, vectors), with `.converged` for both.
+
+    Raises:
+        ValueError: Where an argument is invalid, or a few vectors would not fit in memory.
+        TypeError: Where an argument has the wrong type.
+
+    Example:
+        >>> kernel = np.random.RandomState(1).randn(3, 3, 3, 6)
+        >>> extremes = extreme_singular_values(kernel, 20)
+        >>> print(f"{extremes.sigma_max:.3f} {extremes.sigma_min:.3f}", extremes.converged)
+        10.945 1.524 True
+        >>> print(f"{extreme_singular_values(1.01 * kernel, 20, start=extremes).sigma_max:.3f}")
+        11.055
+    """
+    kernel = known_values(kernel)
+    conv = Convolution.of(kernel.shape, input_size, geometry)
+    return Extremes(conv, accuracy, max_iterations=max_iterations)(kernel, start)
+
+
+def spectral_norm(kernel, input_size, *, accuracy: float = 1e-4, **geometry: Unpack[Geometry]) -> float:
+    """Returns ‖M‖₂ = σmax, the Lipschitz constant of the layer before its activation.
+
+    Args:
+        kernel: As for `extreme_singular_values`.
+        input_size: As for `extreme_singular_values`.
+        accuracy: As for `extreme_singular_values`: the largest relative error.
+        **geometry: As for `extreme_singular_values`.
+
+    Returns:
+        σmax, a plain float. Where the accuracy is not reached, a RuntimeWarning says what was.
+
+    Raises:
+        ValueError, TypeError: As `extreme_singular_values`.
+
+    Example:
+        A sum over 3×3 neighbours multiplies a constant image by 9, but for its border:
+
+        >>> print(f"{spectral_norm(np.ones((3, 3, 1, 1)), 100):.3f}")
+        8.994
+        >>> print(f"{spectral_norm(np.ones((3, 3, 1, 1)), 100, padding='circular'):.3f}")
+        9.000
+    """
+    kernel = known_values(kernel)
+    found = Extremes(Convolution.of(kernel.shape, input_size, geometry), accuracy, low=False)(kernel)
+    if not found.sigma_max_converged:
+        _warn(f"σmax = {found.sigma_max:.6g} may be up to {found.sigma_max_error:.2g} too small")
+    return found.sigma_max
+
+
+def condition_number(kernel, input_size, *, accuracy: float = 0.01, **geometry: Unpack[Geometry]) -> float:
+    """Returns σmax / σmin, σmin being the smallest of the min(rows, columns) singular values of M.
+
+    Args:
+        kernel: As for `extreme_singular_values`.
+        input_size: As for `extreme_singular_values`.
+        accuracy: Relative error. Where `extreme_singular_values` cannot bound σmin that well, all singular
+            values are computed, if the smaller side of M has up to 5000 rows.
+        **geometry: As for `extreme_singular_values`.
+
+    Returns:
+        The condition number, a plain float; inf where σmin is 0 or cannot be told from it by all singular
+        values. Of larger M it may be too small, and then a RuntimeWarning says so.
+
+    Raises:
+        ValueError, TypeError: As `extreme_singular_values`.
+
+    Example:
+        >>> kernel = np.zeros((3, 3, 2, 2))
+        >>> kernel[1, 1] = [[2.0, 0.0], [0.0, 0.5]]
+        >>> print(condition_number(kernel, 8))
+        4.0
+        >>> print(condition_number(np.roll(kernel, 1, axis=0), 8))  # a shift loses a row at the border
+        inf
+    """
+    kernel = known_values(kernel)
+    accuracy = check_number("accuracy", accuracy, exclusive=True)
+    conv = Convolution.of(kernel.shape, input_size, geometry)
+
+    def known(found):
+        return (
+            found.sigma_max_error <= accuracy / 3 * found.sigma_max
+            and found.sigma_min_error <= accuracy / 3 * found.sigma_min
+        )
+
+    found = Extremes(conv, min(accuracy, 1e-4))(kernel)
+    share = ratio(found.sigma_min, found.sigma_max)
+    if not known(found) and share > 1e-6:  # a residual ε of σ² is one of ε/2σ of σ
+        found = Extremes(conv, accuracy / 2 * share**2)(kernel, found)
+    if known(found):
+        return ratio(found.sigma_max, found.sigma_min)
+    if min(conv.shape) > ALL_ROWS:
+        _warn(
+            f"σmin = {found.sigma_min:.3g} may be up to {found.sigma_min_error:.2g} too large, and the "
+            "condition number too small"
+        )
+        return ratio(found.sigma_max, found.sigma_min)
+    sigma = all_singular_values(kernel, conv, max(accuracy / 3 * min(share, 1.0), 1e-14))
+    noise = min(conv.shape) * np.finfo(np.float64).eps * sigma[0]
+    return ratio(sigma[0], sigma[-1] if sigma[-1] > noise else 0.0)
+
+
+def ratio(high: float, low: float) -> float:
+    """The condition number of two singular values; NaN where one is, inf where `low` is 0."""
+    return float(high / low) if low else (math.nan if math.isnan(high) else math.inf)
+
+
+class Extremes:
+    """`extreme_singular_values` of one geometry, to be called with kernels.
+
+    Args:
+        conv: The geometry.
+        accuracy: As for `extreme_singular_values`.
+        max_iterations: As for `extreme_singular_values`.
+        low: Whether σmin is wanted.
+    """
+
+    def __init__(self, conv: Convolution, accuracy: float, *, max_iterations: int = 1000, low: bool = True):
+        self._conv, self._low = conv, low
+        self._accuracy = check_number("accuracy", accuracy, exclusive=True)
+        self._iterations = check_integer("max_iterations", max_iterations)
+        self._size = min(conv.shape)
+        # Of the sums that a product with G consists of, as a share of σmax².
+        self._rounding = np.finfo(np.float64).eps * math.prod(conv.kernel_size) * sum(conv.blocks[1:])
+        self._direct = self._size <= DENSE_ROWS or _is_cheap_by_frequency(conv)
+        if not self._direct:
+            check_memory(
+                8 * VECTORS * self._size,
+                f"{VECTORS} vectors of {self._size:,} entries",
+                "a smaller input_size",
+            )
+
+    def __call__(
+        self, kernel: np.ndarray, start: ExtremeSingularValues | None = None
+    ) -> ExtremeSingularValues:
+        """σmax and σmin of a kernel."""
+        scale = largest_entry(kernel)
+        kernel = kernel.astype(np.float64) / scale
+        start = self._check_start(start)
+        if self._direct or not kernel.any():
+            found = self._from_all(kernel)
+        else:
+            found = self._search(self._products(kernel), start)
+            reached = found.sigma_max_converged and (found.sigma_min_converged or not self._low)
+            if self._size <= RESCUE_ROWS and not reached:
+                found = self._from_all(kernel, 1e-8)._replace(vectors=found.vectors)
+        return found._replace(**{name: scale * getattr(found, name) for name in found._fields[:4]})
+
+    def _check_start(self, start):
+        if start is not None and not isinstance(start, ExtremeSingularValues):
+            raise TypeError(
+                f"start must be what extreme_singular_values returned. Received: start={reprlib.repr(start)}"
+            )
+        if start is None or start.vectors is None:
+            return None
+        if start.vectors.high.size != self._size:
+            raise ValueError(
+                f"start must come from the same geometry, whose vectors have {self._size} entries. "
+                f"Received: start.vectors={start.vectors}"
+            )
+        return start.vectors
+
+    def _from_all(self, kernel, accuracy=1e-14):
+        sigma = all_singular_values(kernel, self._conv, accuracy) if kernel.any() else np.zeros(1)
+        error = float(self._size * np.finfo(np.float64).eps * sigma[0])
+        low = (sigma[-1], error) if self._low else (math.nan, math.nan)
+        return ExtremeSingularValues(
+            float(sigma[0]), float(low[0]), float(error), float(low[1]), True, self._low
+        )
+
+    def _products(self, kernel):
+        """(a function that multiplies G with a column, its dtype), the coarser one first."""
+        if gram(self._conv).entries <= SPARSE_ENTRIES:
+            return [(gram(self._conv).sparse(kernel).dot, np.float64)]
+        dtypes = (np.float32, np.float64)
+        return [(functools.partial(_gram_product(self._conv, d), tf.constant(kernel, d)), d) for d in dtypes]
+
+    def _search(self, products, start):
+        product = products[-1][0]
+        random = np.random.RandomState(0).standard_normal((self._size, 1))  # fixed: results can be repeated
+        # For a random vector the residual is about the standard deviation of all σ², and ‖Gv‖ below σmax².
+        mean, spread, random = _rayleigh(product, random)
+        if mean == 0.0:
+            return self._from_all(np.zeros(1))
+        first = product(random) if start is None else start.high + NOISE * random
+        scale, _, first = _rayleigh(product, first)
+        # An error ε of σ² is one of ε/2σ of σ: σmax can do with twice the residual.
+        high = self._outermost(products, first, True, 2 * self._accuracy * scale, spread, scale)
+        low = (math.nan, math.nan, None)
+        if self._low:
+            first = random if start is None or start.low is None else start.low + NOISE * random
+            low = self._outermost(products, first, False, self._accuracy * high[0], spread, high[0])
+        rounding = self._rounding * high[0]
+        sigma_max, sigma_min = (math.sqrt(max(theta, 0.0)) for theta, *_ in (high, low))
+        return ExtremeSingularValues(
+            sigma_max=sigma_max,
+            sigma_min=sigma_min,
+            sigma_max_error=math.sqrt(high[0] + high[1] + rounding) - sigma_max,
+            sigma_min_error=sigma_min - math.sqrt(max(low[0] - low[1] - rounding, 0.0)),
+            sigma_max_converged=high[1] <= 2 * self._accuracy * high[0],
+            sigma_min_converged=low[1] <= self._accuracy * high[0],
+            vectors=Start(high[2], low[2]),
+        )
+
+    def _outermost(self, products, vector, largest, allowed, spread, scale):
+        """(θ, ‖Gv − θv‖, v) at one end of the spectrum, from a first v; scale is about σmax²."""
+        goal = max(min(allowed, 0.01 * spread), self._rounding * scale)
+        for product, dtype in products:
+            tolerance = goal if dtype == np.float64 else max(goal, SINGLE * scale)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of what is not reached: the residual tells
+                _, found = lobpcg(
+                    product,
+                    vector.astype(dtype),
+                    tol=0.9 * tolerance,
+                    maxiter=self._iterations,
+                    largest=largest,
+                )
+            theta, residual, vector = _rayleigh(products[-1][0], found.astype(np.float64))
+            if residual <= goal:
+                break
+        return theta, residual, vector
+
+
+def _rayleigh(product, vector):
+    """(vᵀGv, ‖Gv − θv‖, v) of a vector, v made a unit vector."""
+    vector = vector / np.linalg.norm(vector)
+    image = product(vector)
+    theta = float(np.vdot(vector, image))
+    return theta, float(np.linalg.norm(image - theta * vector)), vector
+
+
+@functools.lru_cache(maxsize=64)  # tracing takes 0.1 s
+def _gram_product(conv: Convolution, dtype) -> Callable[[tf.Tensor, np.ndarray], np.ndarray]:
+    """The smaller Gram matrix of a kernel times a column, by convolutions."""
+    rows, columns = conv.shape
+    shape = (1, *image_shapes(conv)[1 if rows < columns else 0])
+    ahead, back = (apply_adjoint, apply) if rows < columns else (apply, apply_adjoint)
+
+    @tf.function(autograph=False)
+    def product(kernel, column):
+        image = ahead(kernel, tf.reshape(column, shape), conv)
+        return tf.reshape(back(kernel, image, conv), [-1, 1])
+
+    return lambda kernel, column: product(kernel, tf.constant(column, dtype)).numpy()
+
+
+def _is_cheap_by_frequency(conv):
+    groups, g, h = conv.blocks
+    frequencies = math.prod(axis.input_size for axis in conv.axes)
+    return has_frequencies(conv) and frequencies * groups * g * h * min(g, h) <= FREQUENCY_WORK
+
+
+def _warn(message):
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
