@@ -140,10 +140,15 @@ def test_alpha_sweep(tmp_path):
     assert "exists; --force" in run("alpha_sweep.py", "--output-dir", output, status=2).stderr
 
 
-@pytest.mark.parametrize("script", ["closed_form.py", "descent.py"])
+@pytest.mark.parametrize("script", ["closed_form.py", "descent.py", "spectrum.py"])
 def test_benchmark_prints_its_tables(script):
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), "--quick"]
     command += ["--largest", "64"] if script == "closed_form.py" else []
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for title in {"closed_form.py": ("3×3×16×16", "512×512"), "descent.py": ("3×3×6×3", "3×3×64×64")}[script]:
+    titles = {
+        "closed_form.py": ("3×3×16×16", "512×512"),
+        "descent.py": ("3×3×6×3", "3×3×64×64"),
+        "spectrum.py": ("16×16", "regularized", "MB the whole process"),
+    }
+    for title in titles[script]:
         assert title in printed

@@ -208,7 +208,7 @@ def test_what_did_not_converge_says_so(searched):
     sigma = singular_values(kernel, 12)
     assert found.sigma_max <= sigma[0]
     assert found.sigma_min >= sigma[-1]
-    assert found.sigma_max_error > 1e-3
+    assert found.sigma_min_error > 0.1
     again = extreme_singular_values(kernel, 12, start=found)
     check_bounds(again, sigma)
 

@@ -18,8 +18,9 @@ if not (_run_as_module or _run_as_script):
         extreme_singular_values,
         spectral_norm,
     )
+    from tf_frobreg.models import KernelSpectrum, model_spectrum
     from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_excess, penalty_floor
-    from tf_frobreg.plotting import plot_convergence
+    from tf_frobreg.plotting import plot_convergence, plot_spectrum
     from tf_frobreg.projection import SingularValueClip, clip_singular_values
     from tf_frobreg.regularizers import FrobeniusRegularizer, ReshapedRegularizer, SpectralRegularizer
     from tf_frobreg.reshaped import reshaped_penalty
@@ -32,6 +33,7 @@ __all__ = [
     "DescentResult",
     "ExtremeSingularValues",
     "FrobeniusRegularizer",
+    "KernelSpectrum",
     "ReshapedRegularizer",
     "SingularValueClip",
     "SpectralRegularizer",
@@ -42,10 +44,12 @@ __all__ = [
     "frobenius_gradient",
     "frobenius_penalty",
     "index_set",
+    "model_spectrum",
     "paper_schedule",
     "penalty_excess",
     "penalty_floor",
     "plot_convergence",
+    "plot_spectrum",
     "regularize_kernel",
     "reshaped_penalty",
     "singular_values",

@@ -9,7 +9,7 @@ from typing import NamedTuple, Unpack
 
 import numpy as np
 import tensorflow as tf
-from scipy.sparse.linalg import lobpcg
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh, lobpcg
 
 from tf_frobreg.checks import check_integer, check_memory, check_number
 from tf_frobreg.convolution import Convolution, Geometry
@@ -30,10 +30,10 @@ RESCUE_ROWS = 2000  # up to which all singular values are computed where the sea
 ALL_ROWS = 5000  # up to which condition_number computes all singular values: about 15 s
 FREQUENCY_WORK = 3e8  # of a borderless operator, frequencies·g·h·min(g, h): 0.3 s for all its singular values
 SPARSE_ENTRIES = 1_000_000  # of the Gram matrix up to which it is faster than two convolutions
-VECTORS = 10  # that LOBPCG holds
+VECTORS = 20  # that ARPACK holds
 # Products in float32 take half the time; to this accuracy their rounding does not show.
 SINGLE = 1e-5
-NOISE = 0.03  # share of a random vector in a warm start, for a σ that has become the outermost meanwhile
+NOISE = 0.1  # share of a random vector in a warm start, for a σ that has become the outermost meanwhile
 
 
 class Start:
@@ -85,10 +85,11 @@ def extreme_singular_values(
 ) -> ExtremeSingularValues:
     """Returns σmax and σmin of M with error bounds, for layers of any size.
 
-    They are the ends of the spectrum of the smaller Gram matrix G, MᵀM or MMᵀ, found by LOBPCG (SciPy). It
-    needs nothing but products with G: a sparse matrix or, of larger layers, a convolution and its adjoint, in
-    float32 as far as that goes, then in float64. Small layers, and "circular" ones of moderate size, have
-    all their singular values computed instead.
+    They are the ends of the spectrum of the smaller Gram matrix G, MᵀM or MMᵀ, found by Lanczos iteration
+    (ARPACK) and, where that does not converge, by LOBPCG, which has something to show all the same. Both need
+    nothing but products with G: a sparse matrix or, of larger layers, a convolution and its adjoint, in
+    float32 as far as that goes, then in float64. Small layers, and "circular" ones of moderate size, have all
+    their singular values computed instead.
 
     θ = vᵀGv of any unit vector v lies between σmin² and σmax², and some σ² within its residual ‖Gv − θv‖
     (both taken in float64): hence the bounds. That it is the outermost σ² rests, as with every iteration of
@@ -102,8 +103,9 @@ def extreme_singular_values(
             small, to accuracy·σmax²/2σmin. A σmin below 1e-7·σmax is noise for any accuracy, but for layers
             whose singular values are all computed.
         start: What this function gave for a similar kernel of the same geometry, such as that of the epoch
-            before: the search begins there.
-        max_iterations: Products with G at the most, for each of the two values.
+            before: the search begins there and takes some twenty products for each value. A share of a random
+            vector goes in, for a singular value that has become the outermost meanwhile.
+        max_iterations: Products with G at the most, about, for each of the two values and of the ways to it.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
             `tf_frobreg.convolution.Convolution`.
 
@@ -279,27 +281,29 @@ class Extremes:
         )
 
     def _products(self, kernel):
-        """(a function that multiplies G with a column, its dtype), the coarser one first."""
+        """(a function that multiplies G with a column, its least accuracy), the coarser one first."""
         if gram(self._conv).entries <= SPARSE_ENTRIES:
-            return [(gram(self._conv).sparse(kernel).dot, np.float64)]
-        dtypes = (np.float32, np.float64)
-        return [(functools.partial(_gram_product(self._conv, d), tf.constant(kernel, d)), d) for d in dtypes]
+            return [(gram(self._conv).sparse(kernel).dot, 0.0)]
+        return [
+            (functools.partial(_gram_product(self._conv, dtype), tf.constant(kernel, dtype)), least)
+            for dtype, least in ((tf.float32, SINGLE), (tf.float64, 0.0))
+        ]
 
     def _search(self, products, start):
         product = products[-1][0]
         random = np.random.RandomState(0).standard_normal((self._size, 1))  # fixed: results can be repeated
-        # For a random vector the residual is about the standard deviation of all σ², and ‖Gv‖ below σmax².
         mean, spread, random = _rayleigh(product, random)
         if mean == 0.0:
             return self._from_all(np.zeros(1))
+        # For a random vector the residual is about the standard deviation of all σ², and θ their mean.
+        accuracy = max(min(self._accuracy, 0.01 * spread / mean), self._rounding)
         first = product(random) if start is None else start.high + NOISE * random
-        scale, _, first = _rayleigh(product, first)
         # An error ε of σ² is one of ε/2σ of σ: σmax can do with twice the residual.
-        high = self._outermost(products, first, True, 2 * self._accuracy * scale, spread, scale)
+        high = self._outermost(products, first, 2 * accuracy)
         low = (math.nan, math.nan, None)
         if self._low:
             first = random if start is None or start.low is None else start.low + NOISE * random
-            low = self._outermost(products, first, False, self._accuracy * high[0], spread, high[0])
+            low = self._outermost(products, first, accuracy, high[0])
         rounding = self._rounding * high[0]
         sigma_max, sigma_min = (math.sqrt(max(theta, 0.0)) for theta, *_ in (high, low))
         return ExtremeSingularValues(
@@ -312,24 +316,49 @@ class Extremes:
             vectors=Start(high[2], low[2]),
         )
 
-    def _outermost(self, products, vector, largest, allowed, spread, scale):
-        """(θ, ‖Gv − θv‖, v) at one end of the spectrum, from a first v; scale is about σmax²."""
-        goal = max(min(allowed, 0.01 * spread), self._rounding * scale)
-        for product, dtype in products:
-            tolerance = goal if dtype == np.float64 else max(goal, SINGLE * scale)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of what is not reached: the residual tells
-                _, found = lobpcg(
-                    product,
-                    vector.astype(dtype),
-                    tol=0.9 * tolerance,
-                    maxiter=self._iterations,
-                    largest=largest,
-                )
-            theta, residual, vector = _rayleigh(products[-1][0], found.astype(np.float64))
-            if residual <= goal:
+    def _outermost(self, products, vector, accuracy, sigma_max_squared=None):
+        """(θ, ‖Gv − θv‖, v) at the upper end of the spectrum or, where that is known, at the lower one."""
+        # The lower end of G is the upper one of 2σmax² − G, whose eigenvalues lie between σmax² and 2σmax²:
+        # ARPACK's accuracy is relative to the eigenvalue, and out of reach for a σmin near 0.
+        shift = 2 * sigma_max_squared if sigma_max_squared else 0.0
+        for product, least in products:
+
+            def multiply(column, product=product):
+                return shift * column - product(column) if shift else product(column)
+
+            tolerance = 0.9 * max(accuracy, least)
+            vector = _lanczos(multiply, vector, tolerance / (2 if shift else 1), self._iterations)
+            theta, residual, vector = _rayleigh(products[-1][0], vector)
+            scale = sigma_max_squared or theta
+            if residual > max(accuracy, least) * scale:
+                vector = _lobpcg(multiply, vector, tolerance * scale, self._iterations)
+                theta, residual, vector = _rayleigh(products[-1][0], vector)
+            if residual <= accuracy * (sigma_max_squared or theta):
                 break
         return theta, residual, vector
+
+
+def _lanczos(multiply, vector, tolerance, iterations):
+    """A vector of the largest eigenvalue by ARPACK; the vector given where that fails."""
+
+    def product(column):
+        return multiply(column.reshape(-1, 1)).ravel()
+
+    size = len(vector)
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    # A restart takes about ten products.
+    options = {"which": "LA", "ncv": min(VECTORS, size), "maxiter": max(iterations // 10, 1)}
+    try:
+        return eigsh(operator, k=1, v0=vector.ravel(), tol=tolerance, **options)[1]
+    except ArpackError:
+        return vector
+
+
+def _lobpcg(multiply, vector, tolerance, iterations):
+    """A vector of the largest eigenvalue, or the best one met."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what is not reached: the residual tells
+        return lobpcg(multiply, vector, tol=tolerance, maxiter=iterations, largest=True)[1]
 
 
 def _rayleigh(product, vector):
@@ -352,7 +381,8 @@ def _gram_product(conv: Convolution, dtype) -> Callable[[tf.Tensor, np.ndarray],
         image = ahead(kernel, tf.reshape(column, shape), conv)
         return tf.reshape(back(kernel, image, conv), [-1, 1])
 
-    return lambda kernel, column: product(kernel, tf.constant(column, dtype)).numpy()
+    # LOBPCG itself is to work in float64 all the same: in float32 it breaks down now and then.
+    return lambda kernel, column: product(kernel, tf.constant(column, dtype)).numpy().astype(np.float64)
 
 
 def _is_cheap_by_frequency(conv):

@@ -2,13 +2,15 @@
 
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-__all__ = ["BadInput", "OutputFile", "output_files", "read_kernel"]
+__all__ = ["BadInput", "OutputFile", "output_files", "picture_format", "read_arrays", "read_kernel"]
 
 
 class BadInput(Exception):
@@ -17,18 +19,40 @@ class BadInput(Exception):
 
 def read_kernel(path: str) -> np.ndarray:
     """Returns the array in a `.npy` file, and never unpickles anything."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise BadInput(f"KERNEL cannot be read ({error.strerror or error}). Received: {path}") from None
-    except (ValueError, EOFError, MemoryError):  # the last where a damaged header claims a huge shape
-        raise BadInput(
-            f"KERNEL must be a whole .npy file of plain numbers; pickles are refused. Received: {path}"
-        ) from None
+    array = _load(path, ".npy file")
     if not isinstance(array, np.ndarray):
         array.close()
         raise BadInput(f"KERNEL must be a .npy file of one array, not an archive. Received: {path}")
     return array
+
+
+def read_arrays(path: str) -> dict[str, np.ndarray]:
+    """Returns the arrays in a `.npz` file by name, or that in a `.npy` file by the file's name."""
+    arrays = _load(path, ".npy or .npz file")
+    if isinstance(arrays, np.ndarray):
+        return {Path(path).stem: arrays}
+    with arrays:
+        try:
+            return {name: arrays[name] for name in arrays.files}
+        except _DAMAGED:
+            raise _not_whole(path, ".npy or .npz file") from None
+
+
+# MemoryError where a damaged header claims a huge shape
+_DAMAGED = (ValueError, EOFError, MemoryError, OSError, zipfile.BadZipFile, zlib.error)
+
+
+def _load(path, what):
+    try:
+        return np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise BadInput(f"KERNEL cannot be read ({error.strerror or error}). Received: {path}") from None
+    except _DAMAGED:
+        raise _not_whole(path, what) from None
+
+
+def _not_whole(path, what):
+    return BadInput(f"KERNEL must be a whole {what} of plain numbers; pickles are refused. Received: {path}")
 
 
 class OutputFile:
@@ -74,6 +98,14 @@ class OutputFile:
     def _refuse_existing(self):
         if self.path.exists() and not self._force:
             raise BadInput(f"{self._option} exists; --force overwrites it. Received: {self.path}")
+
+
+def picture_format(path: str | None) -> str | None:
+    """The format that the name after --plot asks for."""
+    ending = os.path.splitext(path or "")[1].lstrip(".").lower()
+    if path is not None and ending not in ("png", "pdf", "svg"):
+        raise BadInput(f"--plot must end in .png, .pdf or .svg. Received: {path}")
+    return ending or None
 
 
 def output_files(

@@ -5,11 +5,17 @@ import reprlib
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from tf_frobreg.checks import check_number
 from tf_frobreg.descent import DescentResult
+from tf_frobreg.extremes import ExtremeSingularValues
 
-__all__ = ["plot_convergence"]
+__all__ = ["plot_convergence", "plot_spectrum"]
+
+KINDS = ("sorted", "histogram")
+BINS = 60
 
 
 def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Figure:
@@ -46,6 +52,101 @@ def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Fi
         left = figure.add_subplot(rows, columns, number, title=title, xlabel="iter + 1", xscale="log")
         _draw_sigma(left, result, "sigma_max", "σmax", "tab:blue")
         _draw_sigma(left.twinx(), result, "sigma_min", "σmin", "tab:red")
+    return figure
+
+
+def plot_spectrum(spectra, *, kind: str = "sorted", alpha: float = 1.0) -> Figure:
+    """Draws the singular values of one or more layers, and √α as a dashed line.
+
+    Args:
+        spectra: The σ of one layer, as from `singular_values`, or a dict of them by the layer's name. An
+            `ExtremeSingularValues` in place of an array draws σmax and σmin only.
+        kind: "sorted" draws one panel per layer, σ in descending order against their share. "histogram" draws
+            all layers in one panel, each as the share of its σ per bin.
+        alpha: α, whose root the penalty draws the σ to. Positive.
+
+    Raises:
+        ValueError, TypeError: Where an argument is invalid, or there is nothing to draw.
+
+    Returns:
+        A figure; `figure.savefig(path)` writes it.
+
+    Example:
+        >>> from tf_frobreg import singular_values
+        >>> kernel = np.random.RandomState(1).randn(3, 3, 2, 4) / 6
+        >>> figure = plot_spectrum(
+        ...     {border: singular_values(kernel, 9, padding=border) for border in ("same", "circular")})
+        >>> [axes.get_title() for axes in figure.axes]
+        ['same, 162 σ', 'circular, 162 σ']
+    """
+    alpha = check_number("alpha", alpha, exclusive=True)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}. Received: kind={kind!r}")
+    by_name = spectra if isinstance(spectra, Mapping) else {"": spectra}
+    by_name = {str(name): _as_spectrum(sigma) for name, sigma in by_name.items()}
+    if not by_name:
+        raise ValueError(f"spectra must not be empty. Received: spectra={spectra!r}")
+    draw = _draw_histogram if kind == "histogram" else _draw_sorted
+    return draw(by_name, alpha**0.5)
+
+
+def _as_spectrum(sigma):
+    if isinstance(sigma, ExtremeSingularValues):
+        return sigma
+    try:
+        array = np.sort(np.asarray(sigma, dtype=np.float64), axis=None)[::-1]
+    except (TypeError, ValueError):
+        array = np.array([np.nan])
+    if not array.size or not np.isfinite(array).all():
+        raise ValueError(
+            "spectra must hold finite singular values or ExtremeSingularValues. "
+            f"Received: {reprlib.repr(sigma)}"
+        )
+    return array
+
+
+def _draw_sorted(spectra, target):
+    columns = min(4, math.ceil(math.sqrt(len(spectra))))
+    rows = math.ceil(len(spectra) / columns)
+    figure = Figure(figsize=(3.4 * columns + 0.6, 2.5 * rows + 0.3), layout="constrained")
+    for number, (name, sigma) in enumerate(spectra.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.axhline(target, color="0.6", linestyle="--", linewidth=1)
+        if isinstance(sigma, ExtremeSingularValues):
+            axes.set_title(f"{name}, σmax and σmin".removeprefix(", "), fontsize="medium")
+            axes.hlines(sigma[:2], 0, 1, color="tab:blue")
+            axes.fill_between([0, 1], sigma.sigma_min, sigma.sigma_max, color="tab:blue", alpha=0.12)
+            high = sigma.sigma_max
+        else:
+            axes.set_title(f"{name}, {sigma.size:,} σ".removeprefix(", "), fontsize="medium")
+            axes.plot((np.arange(sigma.size) + 0.5) / sigma.size, sigma, color="tab:blue")
+            high = sigma[0]
+        axes.set_ylim(0, 1.05 * max(high, target))
+        axes.set_xlim(0, 1)
+    figure.supxlabel("share of the singular values")
+    figure.supylabel("σ")
+    return figure
+
+
+def _draw_histogram(spectra, target):
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="σ", ylabel="share of the layer's σ")
+    axes.axvline(target, color="0.6", linestyle="--", linewidth=1)
+    ends = [s[0] for s in spectra.values()]  # σmax of both kinds
+    bins = np.linspace(0, 1.02 * max(*ends, target), BINS + 1)
+    colours = colormaps["viridis"](np.linspace(0, 0.92, len(spectra)))
+    below = 0.0
+    for colour, (name, sigma) in zip(colours, spectra.items(), strict=True):
+        if isinstance(sigma, ExtremeSingularValues):  # a range, under the histograms
+            below -= 0.01
+            axes.plot(sigma[:2], [below, below], marker="|", color=colour, label=f"{name} (ends)")
+        else:
+            weights = np.full(sigma.size, 1 / sigma.size)
+            axes.hist(sigma, bins, weights=weights, histtype="step", color=colour, label=name)
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick >= 0])
+    if list(spectra) != [""]:
+        columns = math.ceil(len(spectra) / 20)
+        axes.legend(fontsize="x-small", ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

@@ -4,18 +4,20 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["progress_display", "show", "stop_request"]
+__all__ = ["library", "progress_display", "show", "stop_request"]
 
 
 def show(*lines) -> None:
     """Prints tables and lines; a standard output that is gone or full does not undo what was written."""
-    console = Console(markup=False, highlight=False)
+    # A file or pipe has no width that a table would have to be broken to.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
     try:
         for line in lines:
             console.print(line, soft_wrap=isinstance(line, str))
@@ -33,7 +35,7 @@ def progress_display() -> Iterator[Progress]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("R = {task.fields[penalty]:.6g}"),
+        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         console=Console(stderr=True),
     )
@@ -59,3 +61,29 @@ def stop_request() -> Iterator[types.SimpleNamespace]:
         yield request
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def library():
+    """Imports the package and TensorFlow, whose messages at start are shown only if that fails."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as log, contextlib.ExitStack() as stack:
+        stderr = os.dup(2)
+        stack.callback(os.close, stderr)
+        stack.callback(os.dup2, stderr, 2)
+        os.dup2(log.fileno(), 2)
+        try:
+            import tensorflow as tf
+
+            import tf_frobreg.descent
+            import tf_frobreg.models
+            import tf_frobreg.penalty
+            import tf_frobreg.plotting
+            import tf_frobreg.regularizers
+
+            tf.zeros(())  # looks for devices, and tells what it did not find
+        except Exception:
+            log.seek(0)
+            os.write(stderr, log.read())
+            raise
+    return tf_frobreg

@@ -1,0 +1,259 @@
+"""Reads Keras layers: which kernels a model has, and how each of its layers applies them."""
+
+import contextlib
+import reprlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from tf_frobreg.checks import check_integer
+from tf_frobreg.convolution import Convolution
+
+__all__ = ["LayerKernel", "ModelKernels", "read_kernels"]
+
+keras = tf.keras
+
+CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
+DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+
+
+class LayerKernel(NamedTuple):
+    """One kernel of a layer.
+
+    Attributes:
+        name: Of the layer, with its path where that is not unique; a separable convolution has two kernels,
+            "<layer>/depthwise" and "<layer>/pointwise".
+        layer: The layer.
+        attribute: The name of the layer's attribute that is the kernel.
+        regularizer: The name of the layer's attribute that is the regularizer of that kernel.
+        conv: How the layer applies it.
+    """
+
+    name: str
+    layer: keras.layers.Layer
+    attribute: str
+    regularizer: str
+    conv: Convolution
+
+    @property
+    def value(self) -> np.ndarray:
+        """The kernel as it is applied (with LoRA, the sum), at least in float32."""
+        value = tf.convert_to_tensor(getattr(self.layer, self.attribute))
+        return (value if value.dtype == tf.float64 else tf.cast(value, tf.float32)).numpy()
+
+
+class ModelKernels(NamedTuple):
+    """What a model consists of.
+
+    Attributes:
+        kernels: The kernels of convolutions and Dense layers, in the order of the layers.
+        untreated: (name of the layer, the layer, reason) of those that have a matrix all the same.
+        others: How many layers of each type have none.
+    """
+
+    kernels: list[LayerKernel]
+    untreated: list[tuple[str, keras.layers.Layer, str]]
+    others: dict[str, int]
+
+
+class _Untreated(Exception):
+    """Why a layer cannot be treated."""
+
+
+def read_kernels(model, input_size=None) -> ModelKernels:
+    """Reads the layers of a built model or layer, nested ones included.
+
+    The image size of a layer is that for which it was built: of a layer that is shared between images of
+    different sizes, the first one.
+
+    Args:
+        model: A Keras model or layer.
+        input_size: The size of the model's input images, where it leaves that open: an int or one int per
+            axis. The model is then called once, on zeros.
+
+    Raises:
+        TypeError, ValueError: Where `model` is none, or has not been built.
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"model must be a Keras model or layer. Received: model={reprlib.repr(model)}")
+    if not model.built:
+        raise ValueError(
+            f"model must be built: call it once, or model.build(input_shape). Received: {model!r}"
+        )
+    layers = _flat_layers(model)
+    shapes = {}
+    if input_size is not None:
+        shapes = _observed_shapes(model, layers, input_size)
+    names = _names(layers)
+    kernels, untreated, others = [], [], Counter()
+    for layer, name in zip(layers, names, strict=True):
+        try:
+            found = list(_kernels(layer, name, shapes.get(id(layer)) or _built_shape(layer)))
+        except _Untreated as reason:
+            untreated.append((name, layer, str(reason)))
+            continue
+        kernels += found
+        if not found and any(len(weight.shape) > 1 for weight in _own_weights(layer)):
+            untreated.append((name, layer, f"{type(layer).__name__} is neither a convolution nor Dense"))
+        elif not found and not _children(layer):
+            others[type(layer).__name__] += 1
+    return ModelKernels(kernels, untreated, dict(others))
+
+
+def _kernels(layer, name, shape) -> Iterator[LayerKernel]:
+    """The kernels of one layer, if it is a convolution or Dense; `shape` is that of its input, or None."""
+    known = (*CONVOLUTIONS, *TRANSPOSED, *DEPTHWISE, *SEPARABLE, keras.layers.Dense)
+    if not isinstance(layer, known):
+        return
+    if not layer.built:
+        raise _Untreated("it has not been built: the model has not called it")
+    if getattr(layer, "quantization_mode", None) is not None:
+        raise _Untreated(f"it is quantized ({layer.quantization_mode})")
+    if isinstance(layer, keras.layers.Dense):
+        yield _kernel(layer, name, "kernel", "kernel_regularizer", ())
+        return
+    size = _spatial(layer, shape)
+    own = {"strides": layer.strides, "dilation_rate": layer.dilation_rate, "padding": layer.padding}
+    if isinstance(layer, SEPARABLE):
+        kind = {"kind": "depthwise", **own}
+        depthwise = _kernel(
+            layer, f"{name}/depthwise", "depthwise_kernel", "depthwise_regularizer", size, **kind
+        )
+        between = tuple(axis.output_size for axis in depthwise.conv.axes)
+        yield depthwise
+        yield _kernel(layer, f"{name}/pointwise", "pointwise_kernel", "pointwise_regularizer", between)
+    elif isinstance(layer, DEPTHWISE):
+        yield _kernel(layer, name, "kernel", "depthwise_regularizer", size, kind="depthwise", **own)
+    elif isinstance(layer, TRANSPOSED):
+        if layer.output_padding is not None:
+            raise _Untreated(f"output_padding={layer.output_padding} is not known")
+        yield _kernel(layer, name, "kernel", "kernel_regularizer", size, kind="transpose", **own)
+    else:
+        yield _kernel(layer, name, "kernel", "kernel_regularizer", size, groups=layer.groups, **own)
+
+
+def _kernel(layer, name, attribute, regularizer, size, **geometry):
+    shape = tuple(getattr(layer, attribute).shape)
+    try:
+        return LayerKernel(name, layer, attribute, regularizer, Convolution(shape, size, **geometry))
+    except ValueError as error:  # "causal" padding, say
+        raise _Untreated(str(error)) from None
+
+
+def _spatial(layer, shape):
+    """The image size in the shape of a layer's input."""
+    if shape is None:
+        raise _Untreated("the shape of its input is not recorded")
+    size = tuple(shape[2:] if layer.data_format == "channels_first" else shape[1:-1])
+    if None in size:
+        raise _Untreated(
+            f"its image size is unknown, {size}: give input_size, or build the model for images of one size"
+        )
+    return size
+
+
+def _built_shape(layer):
+    shape = (layer.get_build_config() or {}).get("input_shape")
+    return shape if isinstance(shape, Sequence) else None
+
+
+def _flat_layers(model):
+    """All layers, nested ones after what they are nested in, in the order of the model."""
+    layers = []
+    queue = [model]
+    while queue:
+        layer = queue.pop(0)
+        if all(layer is not other for other in layers):
+            layers.append(layer)
+        queue = _children(layer) + queue
+    return layers
+
+
+def _children(layer):
+    # There is no public way to the layers of a layer that is no model.
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def _own_weights(layer):
+    of_children = {id(weight) for child in _children(layer) for weight in child.weights}
+    return [weight for weight in layer.weights if id(weight) not in of_children]
+
+
+def _names(layers):
+    """Of each layer its name or, where another layer has that too, its path."""
+    count = Counter(layer.name for layer in layers)
+    names = []
+    for layer in layers:
+        weights = layer.weights
+        path = weights[0].path.rpartition("/")[0] if weights and count[layer.name] > 1 else ""
+        name = path or layer.name
+        while name in names:  # a path can repeat too: models may be called alike
+            name += "'"
+        names.append(name)
+    return names
+
+
+def _observed_shapes(model, layers, input_size):
+    """Shape of the first input of each layer while the model sees zeros, by the layer's id."""
+    shapes = {}
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_noting(layer, shapes))
+        model(_zeros(model, input_size), training=False)
+    return shapes
+
+
+@contextlib.contextmanager
+def _noting(layer, shapes):
+    call = layer.call
+
+    def noting(*arguments, **options):
+        if arguments and hasattr(arguments[0], "shape"):
+            shapes.setdefault(id(layer), tuple(arguments[0].shape))
+        return call(*arguments, **options)
+
+    layer.__dict__["call"] = noting  # hides the method of the class
+    try:
+        yield
+    finally:
+        del layer.__dict__["call"]
+
+
+def _zeros(model, input_size):
+    """Zeros that the model can be called on: what its input leaves open is filled with `input_size`."""
+    if inputs := getattr(model, "inputs", None):
+        structure = inputs[0] if isinstance(model, keras.Sequential) else model.input
+        return tf.nest.map_structure(
+            lambda spec: tf.zeros(_filled(spec.shape, input_size), spec.dtype), structure
+        )
+    shape = _built_shape(model)
+    if shape is None:
+        raise ValueError(
+            "input_size needs a model whose input shape is known: call it once on an image instead. "
+            f"Received: {model!r}"
+        )
+    return tf.zeros(_filled(shape, input_size))
+
+
+def _filled(shape, input_size):
+    open_axes = [axis for axis, n in enumerate(shape) if n is None and axis > 0]
+    sizes = (
+        [check_integer("input_size", n) for n in input_size]
+        if np.ndim(input_size)
+        else [check_integer("input_size", input_size)] * len(open_axes)
+    )
+    if len(sizes) != len(open_axes) and open_axes:
+        raise ValueError(
+            f"input_size must be an int or {len(open_axes)} ints for an input of shape {tuple(shape)}. "
+            f"Received: input_size={reprlib.repr(input_size)}"
+        )
+    filled = list(shape)
+    filled[0] = 1
+    for axis, n in zip(open_axes, sizes, strict=False):
+        filled[axis] = n
+    return filled
