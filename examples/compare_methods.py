@@ -71,7 +71,7 @@ class Progress:
             else:
                 sigma = extreme_singular_values(kernel, self.size, accuracy=1e-4)
                 distance = max(abs(sigma.sigma_max - 1), abs(sigma.sigma_min - 1))
-                self.rows.append((step, self.seconds, *sigma, distance))
+                self.rows.append((step, self.seconds, *sigma[:2], distance))
                 done = done or distance <= TARGETS[-1]
         self.started = time.perf_counter()
         return done

@@ -90,9 +90,9 @@ def model_spectrum(
         ...     tf.keras.layers.Flatten(),
         ...     tf.keras.layers.Dense(10, kernel_initializer="orthogonal", name="output")])
         >>> for row in model_spectrum(model):
-        ...     print(row.name, f"{row.extremes.sigma_max:.3f} {row.extremes.sigma_min:.3f}")
-        sum 8.292 0.000
-        output 1.000 1.000
+        ...     print(row.name, f"{row.extremes.sigma_max:.2f} {row.extremes.sigma_min:.2f}")
+        sum 8.29 0.00
+        output 1.00 1.00
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     found = read_kernels(model, input_size)
