@@ -193,14 +193,14 @@ def damaged(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing", "KERNEL cannot be read (No such file or directory). Received: "),
-        ("directory", "KERNEL cannot be read (Is a directory). Received: "),
-        ("truncated", "KERNEL must be a whole .npy file"),
-        ("pickled", "KERNEL must be a whole .npy file"),
-        ("bare_pickle", "KERNEL must be a whole .npy file"),
-        ("empty", "KERNEL must be a whole .npy file"),
-        ("huge_header", "KERNEL must be a whole .npy file"),
-        ("archive", "KERNEL must be a .npy file of one array"),
+        ("missing", "FILE cannot be read (No such file or directory). Received: "),
+        ("directory", "FILE cannot be read (Is a directory). Received: "),
+        ("truncated", "FILE must be a whole .npy file"),
+        ("pickled", "FILE must be a whole .npy file"),
+        ("bare_pickle", "FILE must be a whole .npy file"),
+        ("empty", "FILE must be a whole .npy file"),
+        ("huge_header", "FILE must be a whole .npy file"),
+        ("archive", "FILE must be a .npy file of one array"),
         ("integer", "kernel must be float32 or float64. Received: kernel.dtype=int64"),
         ("complex", "kernel must be float32 or float64. Received: kernel.dtype=complex128"),
         ("nan", "kernel must be finite"),
@@ -223,7 +223,10 @@ def test_bad_kernel_files(kind, message, tmp_path, capfd):
     ("options", "message"),
     [
         (["--input-size", "0"], "input_size must be at least 1. Received: input_size=0"),
-        (["--input-size", "8", "8", "8"], "input_size must be an int or 2 ints"),
+        (
+            ["--input-size", "8", "8", "8"],
+            "input_size must be an int or one int per spatial axis of the kernel, 2,",
+        ),
         (
             ["--input-size", "2", "--padding", "valid"],
             "input_size must be at least the (dilated) kernel size",
@@ -234,7 +237,7 @@ def test_bad_kernel_files(kind, message, tmp_path, capfd):
             "--plot cannot be written (File name too long)",
         ),
         (["--input-size", "eight"], "argument --input-size: invalid int value: 'eight'"),
-        ([], "the following arguments are required: --input-size"),
+        ([], "--input-size is needed for a kernel without a model"),
         (["--input-size", "8", "--padding", "full"], "padding must be one of"),
         (["--input-size", "8", "--alpha", "0"], "alpha must be a finite number above 0. Received: alpha=0"),
         (

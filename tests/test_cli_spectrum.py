@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import pytest
 
+import tf_frobreg.cli_spectrum
+import tf_frobreg.terminal
 from tf_frobreg import singular_values
 from tf_frobreg.cli import main
 
@@ -39,6 +41,10 @@ def directory(tmp_path_factory):
     (path / "junk.h5").write_bytes(b"junk")
     (path / "junk.npz").write_bytes(b"junk")
     (path / "text.txt").write_text("text")
+    np.savez(path / "empty.npz")
+    np.savez(path / "bias.npz", np.zeros(3), np.zeros(4))
+    np.save(path / "dense.npy", normal(5, 3))
+    (path / "folder.keras").mkdir()
     return path
 
 
@@ -133,6 +139,7 @@ def test_zero_and_unknown_values_in_the_table_and_in_files(directory, tmp_path, 
     (record,) = json.loads((tmp_path / "zero.json").read_text())["kernels"]
     assert record["sigma_max"] == 0
     assert record["sigma_min"] is None
+    assert record["sigma_min_converged"] is None
     assert record["condition_number"] is None
     status, printed = run(capfd, tmp_path / "zero.npy", "--input-size", 5)
     assert "∞" in printed.out
@@ -145,8 +152,40 @@ def test_what_cannot_be_told_from_0_is_a_bound(tmp_path, capfd):
     assert status == 0
     assert "≤ " in printed.out
     assert "≥ " in printed.out
-    status, printed = run(capfd, tmp_path / "square.npy", "--input-size", 32, "--accuracy", 1e-15)
+    command = [tmp_path / "square.npy", "--input-size", 32, "--accuracy", 1e-15]
+    status, printed = run(capfd, *command, "--json", tmp_path / "square.json")
     assert status == 1
+    assert "Accuracy not reached: square: σmin may be up to" in printed.out
+    (record,) = json.loads((tmp_path / "square.json").read_text())["kernels"]
+    assert record["sigma_min_is_upper_bound"] is True
+
+
+def test_a_dense_kernel_needs_no_image(directory, capfd):
+    status, printed = run(capfd, directory / "dense.npy")
+    assert status == 0
+    assert "5×3" in printed.out
+
+
+def test_what_is_beyond_all_floats_is_infinite(tmp_path, capfd):
+    np.save(tmp_path / "huge.npy", 1e300 * normal(3, 3, 2, 2))
+    status, printed = run(capfd, tmp_path / "huge.npy", "--input-size", 6, "--json", tmp_path / "huge.json")
+    assert status == 0
+    assert "nan" not in printed.out.lower()
+    (record,) = json.loads((tmp_path / "huge.json").read_text())["kernels"]
+    assert record["penalty"] == record["penalty_per_column"] == "inf"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_fits_the_terminal(width, directory, capfd, monkeypatch):
+    monkeypatch.setattr(tf_frobreg.cli_spectrum, "terminal_width", lambda: width)
+    monkeypatch.setattr(tf_frobreg.terminal, "terminal_width", lambda: width)
+    _, printed = run(capfd, directory / "model.keras")
+    lines = printed.out.splitlines()
+    assert any(line.split()[:1] == ["first"] for line in lines)
+    assert "…" not in printed.out
+    assert ("Left out for want of width" in printed.out) == (width < 100)
+    table = [line for line in lines if "first" in line or "σmax" in line]
+    assert max(len(line) for line in table) <= width
 
 
 @pytest.mark.parametrize("kind", ["sorted", "histogram"])
@@ -162,11 +201,16 @@ def test_plots(kind, ending, directory, tmp_path, capfd):
     ("arguments", "message"),
     [
         (["kernel.npy"], "--input-size is needed for kernels without a model"),
-        (["missing.npy", "--input-size", 8], "KERNEL cannot be read (No such file or directory)"),
+        (["empty.npz"], "FILE must hold a kernel"),
+        (["bias.npz", "--plot", "plot.png"], "--plot has nothing to draw: no kernel was measured"),
+        (["folder.keras"], "FILE cannot be loaded (it is a directory)"),
+        (["open.keras", "--input-size", 1], "input_size must suit the model"),
+        (["model.keras", "--input-size", 8], "input_size goes with a model that leaves the size"),
+        (["missing.npy", "--input-size", 8], "FILE cannot be read (No such file or directory)"),
         (["missing.keras"], "FILE cannot be loaded (no such file)"),
         (["junk.keras"], "FILE cannot be loaded ("),
         (["junk.h5"], "FILE cannot be loaded ("),
-        (["junk.npz", "--input-size", 8], "KERNEL must be a whole .npy or .npz file"),
+        (["junk.npz", "--input-size", 8], "FILE must be a whole .npy or .npz file"),
         (["text.txt"], "FILE must end in .npy, .npz, .keras or .h5"),
         (["lambda.keras"], "Lambda"),
         (["lambda.h5"], "it has a Lambda layer, whose code would be run"),
@@ -184,7 +228,7 @@ def test_plots(kind, ending, directory, tmp_path, capfd):
 )
 def test_bad_input(arguments, message, directory, capfd):
     before = set(directory.iterdir())
-    names = {path.name for path in before} | {"missing.npy", "missing.keras", "plot.xyz"}
+    names = {path.name for path in before} | {"missing.npy", "missing.keras", "plot.xyz", "plot.png"}
     arguments = [directory / text if text in names else text for text in arguments]
     status, printed = run(capfd, *arguments)
     assert status == 2

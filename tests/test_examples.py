@@ -140,7 +140,7 @@ def test_alpha_sweep(tmp_path):
     assert "exists; --force" in run("alpha_sweep.py", "--output-dir", output, status=2).stderr
 
 
-@pytest.mark.parametrize("script", ["closed_form.py", "descent.py", "spectrum.py"])
+@pytest.mark.parametrize("script", ["closed_form.py", "descent.py", "spectrum.py", "overhead.py"])
 def test_benchmark_prints_its_tables(script):
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), "--quick"]
     command += ["--largest", "64"] if script == "closed_form.py" else []
@@ -148,7 +148,29 @@ def test_benchmark_prints_its_tables(script):
     titles = {
         "closed_form.py": ("3×3×16×16", "512×512"),
         "descent.py": ("3×3×6×3", "3×3×64×64"),
+        "overhead.py": ("ResNet50", "DenseNet121"),
         "spectrum.py": ("16×16", "regularized", "MB the whole process"),
     }
     for title in titles[script]:
         assert title in printed
+
+
+def test_custom_loop():
+    printed = run("custom_loop.py", "--epochs", 3).stdout
+    penalties = [float(line.rpartition(" ")[2]) for line in printed.splitlines() if line.startswith("epoch")]
+    assert len(penalties) == 3
+    assert penalties[-1] < penalties[0]
+    assert "top    - excluded" in printed
+
+
+def test_two_workers_have_the_losses_of_one(tmp_path):
+    losses = []
+    for workers in (1, 2):
+        saved = tmp_path / f"{workers}.keras"
+        command = ["train_multi_worker.py", "--workers", workers, "--steps", 5, "--save", saved]
+        lines = run(*command).stdout.splitlines()
+        losses.append([float(line.rpartition(" ")[2]) for line in lines])
+        assert saved.exists()
+    assert len(losses[0]) == 5
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    assert "--save must be a .keras file that does not exist" in run(*command, status=2).stderr

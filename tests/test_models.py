@@ -130,7 +130,10 @@ def test_an_unknown_image_size_is_a_reason_and_can_be_given():
     assert [row.input_size for row in rows] == [(10, 12), (8, 10)]
     assert "call" not in layers[0].__dict__  # nothing is left behind
     fixed = keras.Sequential([keras.Input((10, 10, 2)), *layers])
-    assert [row.input_size for row in model_spectrum(fixed, input_size=7)] == [(10, 10), (8, 8)]
+    with pytest.raises(ValueError, match="input_size goes with a model that leaves the size of its images"):
+        model_spectrum(fixed, input_size=7)
+    with pytest.raises(ValueError, match="input_size must suit the model, which fails on such images"):
+        model_spectrum(model, input_size=1)
     with pytest.raises(ValueError, match="input_size must be an int or 2 ints for an input of shape"):
         model_spectrum(model, input_size=(10, 12, 14))
     with pytest.raises(TypeError, match="input_size must be an integer"):
@@ -156,6 +159,19 @@ def test_lora_and_float16_kernels_are_measured_as_applied():
     assert rows["dense"].extremes.sigma_max == pytest.approx(sigma[0], rel=1e-5)
     sigma = singular_values(np.asarray(half.kernel).astype("float32"), 6, padding="valid")
     assert rows["half"].extremes.sigma_max == pytest.approx(sigma[0], rel=1e-4)
+
+
+class Standardised(keras.layers.Conv2D):
+    """Applies another kernel than it holds."""
+
+    def call(self, x):
+        return keras.ops.conv(x, self.kernel - keras.ops.mean(self.kernel), 1, "valid")
+
+
+def test_a_layer_with_a_call_of_its_own_is_not_taken_for_its_base():
+    model = keras.Sequential([keras.Input((6, 6, 1)), Standardised(2, 3, name="own")])
+    (row,) = model_spectrum(model)
+    assert row.reason == "its class, Standardised, has a call of its own"
 
 
 def test_quantized_layers_are_named():
@@ -187,6 +203,9 @@ def test_a_start_follows_a_training():
         ({"model": keras.Sequential([keras.layers.Dense(3)])}, ValueError, "model must be built"),
         ({"alpha": 0}, ValueError, "alpha must be a finite number above 0"),
         ({"accuracy": -1}, ValueError, "accuracy must be a finite number above 0"),
+        ({"start": 3}, TypeError, "start must be what model_spectrum returned. Received: start=3"),
+        ({"start": "abc"}, TypeError, "start must be what model_spectrum returned"),
+        ({"sigma_min": "no"}, TypeError, "sigma_min must be True or False"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments, error, message):

@@ -10,8 +10,16 @@ import pytest
 import tf_frobreg
 
 ROOT = Path(__file__).parents[1]
-RESULTS = {"DescentResult", "StopReason", "ExtremeSingularValues", "KernelSpectrum"}  # what functions return
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# what functions return: documented there
+RESULTS = {
+    "AttachReport",
+    "DescentResult",
+    "ExtremeSingularValues",
+    "KernelSpectrum",
+    "ModelDescent",
+    "StopReason",
+}
 
 
 def test_readme_example_prints_what_the_readme_says():

@@ -11,6 +11,8 @@ _run_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __n
 _run_as_script = os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") == "tf-frobreg"
 
 if not (_run_as_module or _run_as_script):
+    from tf_frobreg.attach import AttachReport, attach_regularizers
+    from tf_frobreg.callbacks import FactorSchedule, SingularValueMonitor
     from tf_frobreg.descent import DescentResult, StopReason, regularize_kernel
     from tf_frobreg.extremes import (
         ExtremeSingularValues,
@@ -18,11 +20,17 @@ if not (_run_as_module or _run_as_script):
         extreme_singular_values,
         spectral_norm,
     )
-    from tf_frobreg.models import KernelSpectrum, model_spectrum
+    from tf_frobreg.initializers import FrobeniusInitializer
+    from tf_frobreg.models import KernelSpectrum, ModelDescent, model_spectrum, regularize_model
     from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_excess, penalty_floor
     from tf_frobreg.plotting import plot_convergence, plot_spectrum
     from tf_frobreg.projection import SingularValueClip, clip_singular_values
-    from tf_frobreg.regularizers import FrobeniusRegularizer, ReshapedRegularizer, SpectralRegularizer
+    from tf_frobreg.regularizers import (
+        FrobeniusRegularizer,
+        ReshapedRegularizer,
+        SpectralRegularizer,
+        SumRegularizer,
+    )
     from tf_frobreg.reshaped import reshaped_penalty
     from tf_frobreg.spectral import spectral_penalty
     from tf_frobreg.spectrum import singular_values
@@ -30,14 +38,21 @@ if not (_run_as_module or _run_as_script):
     from tf_frobreg.toeplitz import index_set, toeplitz_indices, transformation_matrix
 
 __all__ = [
+    "AttachReport",
     "DescentResult",
     "ExtremeSingularValues",
+    "FactorSchedule",
+    "FrobeniusInitializer",
     "FrobeniusRegularizer",
     "KernelSpectrum",
+    "ModelDescent",
     "ReshapedRegularizer",
     "SingularValueClip",
+    "SingularValueMonitor",
     "SpectralRegularizer",
     "StopReason",
+    "SumRegularizer",
+    "attach_regularizers",
     "clip_singular_values",
     "condition_number",
     "extreme_singular_values",
@@ -51,6 +66,7 @@ __all__ = [
     "plot_convergence",
     "plot_spectrum",
     "regularize_kernel",
+    "regularize_model",
     "reshaped_penalty",
     "singular_values",
     "spectral_norm",

@@ -59,6 +59,7 @@ def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"kernel must be an array of float32 or float64. Received: a {type(kernel).__name__}"
+            + (f" of dtype {kernel.dtype}" if isinstance(kernel, np.ndarray) else "")
         ) from error
     if not isinstance(tensor, tf.Tensor):
         raise TypeError(f"kernel must be a dense array. Received: a {type(kernel).__name__}")

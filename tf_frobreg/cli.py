@@ -48,6 +48,7 @@ class _PerAxis(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
+INPUT_SIZE = "of the image: N, or one N per axis; needed for kernels and for models that leave it open"
 PER_AXIS = {"type": int, "nargs": "+", "metavar": "N", "action": _PerAxis}
 
 
@@ -90,14 +91,19 @@ def _add_regularize(commands):
     parser = commands.add_parser(
         "regularize",
         parents=[_files(), _descent(), _geometry()],
-        help="run Algorithm 3.1 on a kernel of your own",
-        description="Run Algorithm 3.1 on the kernel in a .npy file. Ctrl-C stops it and keeps what was "
-        "reached. Exit status: 0 converged, 1 not converged (the kernel is written), 2 bad input, 130 "
-        "interrupted before there was anything to write.",
+        help="run Algorithm 3.1 on a kernel of your own, or on a whole model",
+        description="Run Algorithm 3.1 on the kernel in a .npy file, or on every kernel of a .keras or .h5 "
+        "model, whose layers tell their geometry. Ctrl-C stops it and keeps what was reached. Exit status: 0 "
+        "converged, 1 not converged (the result is written), 2 bad input, 130 interrupted before there was "
+        "anything to write.",
     )
-    parser.add_argument("kernel", metavar="KERNEL", help=".npy file, (*kernel_size, in_channels, filters)")
-    parser.add_argument("--input-size", required=True, help="of the image: N, or one N per axis", **PER_AXIS)
-    parser.add_argument("--output", required=True, help=".npy file for the regularized kernel")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="kernel, .npy, (*kernel_size, in_channels, filters); or model, .keras, .h5",
+    )
+    parser.add_argument("--input-size", help=INPUT_SIZE, **PER_AXIS)
+    parser.add_argument("--output", required=True, help="file for the result, with the ending of FILE")
     parser.add_argument("--alpha", type=float, default=1.0, help="target of σ² (default: 1)")
     parser.add_argument(
         "--learning-rate",
@@ -123,7 +129,7 @@ def _add_spectrum(commands):
         help="show the singular values of kernels or of a whole model",
         description="Show σmax, σmin, the condition number and the penalty R of each kernel in a file. The "
         "layers of a model tell image size, strides, padding and so on; bias and activation do not enter. "
-        "Exit status: 0 measured, 1 not all measured to the accuracy, 2 bad input, 130 interrupted.",
+        "Exit status: 0 measured, 1 accuracy not reached or nothing measured, 2 bad input, 130 interrupted.",
     )
     parser.add_argument(
         "file",
@@ -132,11 +138,7 @@ def _add_spectrum(commands):
         "weights: .weights.h5 with --model",
     )
     parser.add_argument("--model", help=".keras, .h5 or .json (model.to_json()) file for a .weights.h5 file")
-    parser.add_argument(
-        "--input-size",
-        help="of the image: N, or one N per axis; needed for kernels and for models that leave it open",
-        **PER_AXIS,
-    )
+    parser.add_argument("--input-size", help=INPUT_SIZE, **PER_AXIS)
     parser.add_argument("--alpha", type=float, default=1.0, help="α of R, the target of σ² (default: 1)")
     parser.add_argument(
         "--accuracy",

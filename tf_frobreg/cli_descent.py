@@ -8,6 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from tf_frobreg.files import BadInput, output_files, picture_format, read_kernel
+from tf_frobreg.model_files import MODELS, load_model
 from tf_frobreg.terminal import library, progress_display, show, stop_request
 
 __all__ = ["regularize", "reproduce"]
@@ -58,11 +59,15 @@ def reproduce(options) -> int:
 
 
 def regularize(options) -> int:
-    """Algorithm 3.1 on the kernel in a file."""
+    """Algorithm 3.1 on the kernel in a file, or on all kernels of a model."""
+    if options.file.endswith(MODELS):
+        return _regularize_model(options)
+    if options.input_size is None:
+        raise BadInput(f"--input-size is needed for a kernel without a model. Received: {options.file}")
     outputs = {"--output": options.output, "--plot": options.plot, "--history": options.history}
     plot_format = picture_format(options.plot)
-    kernel = read_kernel(options.kernel)
-    files = output_files(outputs, force=options.force, inputs=[options.kernel])
+    kernel = read_kernel(options.file)
+    files = output_files(outputs, force=options.force, inputs=[options.file])
     package = library()
     with stop_request() as stop:
         with progress_display() as progress:
@@ -82,7 +87,7 @@ def regularize(options) -> int:
             figure = package.plotting.plot_convergence(result)
             files["--plot"].write(lambda file: figure.savefig(file, format=plot_format, dpi=120))
         if "--history" in files:
-            files["--history"].write(lambda file: _write_history(file, {options.kernel: result}))
+            files["--history"].write(lambda file: _write_history(file, {options.file: result}))
     floor = package.penalty.penalty_floor(kernel.shape, size, alpha=options.alpha, **options.geometry)
     show(
         _summary(result),
@@ -90,6 +95,66 @@ def regularize(options) -> int:
         f"Wrote {', '.join(str(file.path) for file in files.values())}",
     )
     return 0 if result.converged else 1
+
+
+def _regularize_model(options) -> int:
+    ending = os.path.splitext(options.file)[1]
+    if options.geometry:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options.geometry)
+        raise BadInput(f"{names} cannot be given: a model's layers tell theirs. Received: {options.file}")
+    if not options.output.endswith(ending):
+        raise BadInput(f"--output must end in {ending}, as the model does. Received: {options.output}")
+    plot_format = picture_format(options.plot)
+    outputs = {"--output": options.output, "--plot": options.plot, "--history": options.history}
+    files = output_files(outputs, force=options.force, inputs=[options.file])
+    package = library()
+    model, notes = _load_compiled(options.file)
+    with stop_request() as stop:
+        with progress_display() as progress:
+            tasks = {}
+
+            def callback(name, step, kernel, penalty):
+                note = f"R = {penalty:.6g}"
+                if name not in tasks:
+                    tasks[name] = progress.add_task(name, total=options.max_steps, note=note)
+                    progress.start()
+                progress.update(tasks[name], completed=step, note=note)
+                return stop.pressed
+
+            try:
+                descent = package.models.regularize_model(
+                    model,
+                    alpha=options.alpha,
+                    max_steps=options.max_steps,
+                    tolerance=options.tolerance,
+                    input_size=options.input_size,
+                    learning_rate=options.learning_rate,
+                    direction=options.direction,
+                    measure="often" if options.plot or options.history else "rarely",
+                    callback=callback,
+                )
+            except (ValueError, TypeError) as error:
+                raise BadInput(str(error)) from None
+        if not descent.results:
+            raise BadInput(f"FILE must have a kernel that can be treated. Received: {options.file}")
+        stop.writing = True
+        files["--output"].write_path(model.save)
+        if "--plot" in files:
+            figure = package.plotting.plot_convergence(descent.results)
+            files["--plot"].write(lambda file: figure.savefig(file, format=plot_format, dpi=120))
+        if "--history" in files:
+            files["--history"].write(lambda file: _write_history(file, descent.results))
+    show(str(descent), *notes, f"Wrote {', '.join(str(file.path) for file in files.values())}")
+    return 0 if descent.converged and not stop.pressed else 1
+
+
+def _load_compiled(path):
+    """(the model with its optimizer and losses, notes) or, where Keras cannot load those, without them."""
+    try:
+        return load_model(path, "FILE", compile=True), []
+    except BadInput:
+        note = "Without its optimizer and losses, which could not be loaded: compile it again"
+        return load_model(path, "FILE"), [note]
 
 
 def _descend(package, progress, title, stop, options, kernel, input_size, **arguments):

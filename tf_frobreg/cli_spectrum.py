@@ -4,18 +4,19 @@ import csv
 import io
 import json
 import math
-import os
-from pathlib import Path
+import warnings
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 
 from tf_frobreg.files import BadInput, output_files, picture_format, read_arrays
-from tf_frobreg.terminal import library, progress_display, show
+from tf_frobreg.model_files import MODELS, load_model, short
+from tf_frobreg.terminal import library, progress_display, show, terminal_width
 
 __all__ = ["spectrum"]
 
-MODELS, ARRAYS = (".keras", ".h5"), (".npy", ".npz")
+ARRAYS = (".npy", ".npz")
 ENDS = (
     "sigma_max",
     "sigma_min",
@@ -40,32 +41,35 @@ def spectrum(options) -> int:
         if arrays is None:
             found = package.layers.read_kernels(_load_model(options), options.input_size)
             kernels = [(kernel.name, kernel.value, kernel.conv) for kernel in found.kernels]
-            untreated = [(name, reason) for name, _, reason in found.untreated]
+            untreated = [(u.name, u.reason) for u in found.untreated]
             others = found.others
         else:
             (kernels, untreated), others = _as_kernels(package, arrays, options), {}
+        if not kernels and not untreated:
+            raise BadInput(f"FILE must hold a kernel. Received: {options.file}")
         rows, spectra = _measure(package, kernels, options)
     except (ValueError, TypeError) as error:
         raise BadInput(str(error)) from None
     rows += [package.models.KernelSpectrum(name, reason) for name, reason in untreated]
+    if "--plot" in files and not spectra:
+        raise BadInput(f"--plot has nothing to draw: no kernel was measured. Received: {options.file}")
     if "--json" in files:
         files["--json"].write(lambda file: _write_json(file, rows, options, others))
     if "--csv" in files:
         files["--csv"].write(lambda file: _write_csv(file, rows))
     if "--plot" in files:
-        if not spectra:
-            raise BadInput(f"--plot has nothing to draw: no kernel was measured. Received: {options.file}")
         figure = package.plotting.plot_spectrum(spectra, kind=options.plot_kind, alpha=options.alpha)
         files["--plot"].write(lambda file: figure.savefig(file, format=plot_format, dpi=120))
     measured = [row for row in rows if row.reason is None]
     counted = ", ".join(f"{count} {name}" for name, count in sorted(others.items()))
     show(
-        *([_table(measured, options)] if measured else []),
+        *(_table(measured, options) if measured else []),
+        *(f"Accuracy not reached: {text}" for row in measured for text in _missed(row, options)),
         *(f"Not measured: {row.name}: {row.reason}" for row in rows if row.reason is not None),
         *([f"Without a kernel: {counted}"] if counted else []),
         *([f"Wrote {', '.join(str(file.path) for file in files.values())}"] if files else []),
     )
-    return 0 if measured and all(_reached(row, options) for row in measured) else 1
+    return 0 if measured and not any(_missed(row, options) for row in measured) else 1
 
 
 def _check(options):
@@ -79,10 +83,7 @@ def _check(options):
         raise BadInput(f"--model goes with a .weights.h5 file. Received: {options.file}")
     if options.model and not options.model.endswith((*MODELS, ".json")):
         raise BadInput(f"--model must end in .keras, .h5 or .json. Received: {options.model}")
-    if options.file.endswith(ARRAYS):
-        if options.input_size is None:
-            raise BadInput(f"--input-size is needed for kernels without a model. Received: {options.file}")
-    elif options.geometry:
+    if not options.file.endswith(ARRAYS) and options.geometry:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in options.geometry)
         raise BadInput(f"{names} cannot be given: a model's layers tell theirs. Received: {options.file}")
 
@@ -93,8 +94,12 @@ def _as_kernels(package, arrays, options):
     for name, array in arrays.items():
         try:
             kernel = package.checks.as_kernel(array).numpy()
-            size = () if kernel.ndim == 2 else options.input_size
-            conv = package.convolution.Convolution.of(kernel.shape, size, options.geometry)
+            size, geometry = options.input_size, options.geometry
+            if kernel.ndim == 2:  # of a Dense layer, which has neither image nor geometry
+                size, geometry = (), {}
+            elif size is None:
+                raise ValueError("--input-size is needed for kernels without a model")
+            conv = package.convolution.Convolution.of(kernel.shape, size, geometry)
         except (ValueError, TypeError) as error:
             if len(arrays) == 1:
                 raise
@@ -107,46 +112,15 @@ def _as_kernels(package, arrays, options):
 def _load_model(options):
     """The model in a file, with its weights; nothing in it is run that Keras finds unsafe."""
     if not options.model:
-        return _load(options.file, "FILE")
-    model = _load(options.model, "--model")
+        return load_model(options.file, "FILE")
+    model = load_model(options.model, "--model")
     try:
-        model.load_weights(options.file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says the same
+            model.load_weights(options.file)
     except Exception as error:  # whatever h5py, zipfile and Keras find wrong
-        raise BadInput(f"FILE does not fit --model ({_short(error)}). Received: {options.file}") from None
+        raise BadInput(f"FILE does not fit --model ({short(error)}). Received: {options.file}") from None
     return model
-
-
-def _load(path, argument):
-    import keras
-
-    try:
-        if not os.path.isfile(path):
-            raise FileNotFoundError("no such file")
-        if path.endswith(".json"):
-            return keras.models.model_from_json(Path(path).read_text(encoding="utf-8"))
-        if path.endswith(".h5"):
-            _refuse_lambda(path)
-        return keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # whatever h5py, zipfile, JSON and Keras find wrong
-        raise BadInput(f"{argument} cannot be loaded ({_short(error)}). Received: {path}") from None
-
-
-def _refuse_lambda(path):
-    """Keras before 3.11.3 ran the code in `.h5` files in spite of its safe mode."""
-    import h5py
-
-    with h5py.File(path) as file:
-        config = file.attrs.get("model_config")
-    if config is None:
-        raise ValueError("it holds weights only: give it the ending .weights.h5 and use --model")
-    if '"Lambda"' in (config.decode() if isinstance(config, bytes) else config):
-        raise ValueError("it has a Lambda layer, whose code would be run")
-
-
-def _short(error):
-    """The end of Keras' nested messages, which names the cause, on one line."""
-    text = " ".join(str(error).split()).rpartition("Exception encountered: ")[2] or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} …"
 
 
 def _measure(package, kernels, options):
@@ -156,9 +130,11 @@ def _measure(package, kernels, options):
     package.checks.check_number("accuracy", options.accuracy, exclusive=True)
     rows, spectra = [], {}
     with progress_display() as progress:
-        task = progress.add_task("kernels", total=len(kernels), note="")
-        progress.start()
+        task = None
         for name, kernel, conv in kernels:
+            if task is None:
+                task = progress.add_task("kernels", total=len(kernels), note="")
+                progress.start()
             progress.update(task, note=name)
             row = package.models.measure(name, kernel, conv, options.alpha, **measuring)
             if options.plot and row.reason is None:
@@ -171,37 +147,54 @@ def _measure(package, kernels, options):
     return rows, spectra
 
 
-def _reached(row, options):
-    return row.extremes.sigma_max_converged and (row.extremes.sigma_min_converged or options.sigma_max_only)
+def _missed(row, options):
+    """What did not reach the accuracy asked for, a line each."""
+    ends, lines = row.extremes, []
+    if not ends.sigma_max_converged:
+        lines.append(f"{row.name}: σmax may be up to {ends.sigma_max_error:.2g} larger")
+    if not (ends.sigma_min_converged or options.sigma_max_only):
+        lines.append(f"{row.name}: σmin may be up to {ends.sigma_min_error:.2g} smaller")
+    return lines
 
 
-def _table(rows, options) -> Table:
+def _table(rows, options):
+    """A table as wide as the terminal allows, and a line that says what it left out."""
+    columns = {
+        "layer": [row.name for row in rows],
+        "kernel": ["×".join(map(str, row.kernel_shape)) for row in rows],
+        "image": ["×".join(map(str, row.input_size)) or "-" for row in rows],
+        "σmax": [_bound("≥", row.extremes.sigma_max, not row.extremes.sigma_max_converged) for row in rows],
+        "σmin": [_bound("≤", row.extremes.sigma_min, _is_bound(row.extremes)) for row in rows],
+        "σmax/σmin": [_bound("≥", row.condition_number, _is_bound(row.extremes)) for row in rows],
+        "R": [_digits(row.penalty) for row in rows],
+        "R/column": [_digits(row.penalty_per_column) for row in rows],
+        "floor": [_digits(row.penalty_floor) for row in rows],
+    }
+    if options.sigma_max_only:
+        del columns["σmin"], columns["σmax/σmin"]
+    widths = {name: max(map(cell_len, (name, *values))) + 3 for name, values in columns.items()}
+    left_out = []
+    for name in ("floor", "R/column", "kernel", "σmax/σmin", "image", "R"):
+        if sum(widths.values()) + 1 > terminal_width() and name in widths:
+            del widths[name]
+            left_out.append(name)
     table = Table(title=f"Singular values, R for α = {options.alpha:g}", box=box.SIMPLE_HEAD)
-    table.add_column("layer", overflow="fold")
-    names = ("kernel", "image", "σmax", "σmin", "σmax/σmin", "R", "R/column", "floor")
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        ends = row.extremes
-        size = "×".join(map(str, row.input_size)) or "-"
-        above = "" if ends.sigma_max_converged else "≥ "
-        # What cannot be told from 0, or is not known well enough, is an upper bound.
-        below = "≤ " if ends.sigma_min_error >= ends.sigma_min > 0 or not ends.sigma_min_converged else ""
-        values = [
-            above + _digits(ends.sigma_max),
-            below + _digits(ends.sigma_min),
-            (above or below).replace("≤", "≥") + _digits(row.condition_number),
-        ]
-        if options.sigma_max_only:
-            values[1:] = "-", "-"
-        table.add_row(
-            row.name,
-            "×".join(map(str, row.kernel_shape)),
-            size,
-            *values,
-            *(_digits(value) for value in (row.penalty, row.penalty_per_column, row.penalty_floor)),
-        )
-    return table
+    for name in widths:
+        table.add_column(name, justify="left" if name == "layer" else "right", overflow="fold")
+    for values in zip(*(columns[name] for name in widths), strict=True):
+        table.add_row(*values)
+    yield table
+    if left_out:
+        yield f"Left out for want of width: {', '.join(reversed(left_out))}. --csv has them."
+
+
+def _is_bound(ends):
+    """Whether σmin is but an upper bound: it cannot be told from 0, or is not known well enough."""
+    return ends.sigma_min_error >= ends.sigma_min > 0 or not ends.sigma_min_converged
+
+
+def _bound(sign, value, is_bound):
+    return f"{sign} {_digits(value)}" if is_bound else _digits(value)
 
 
 def _digits(value):
@@ -209,23 +202,30 @@ def _digits(value):
 
 
 def _record(row) -> dict:
-    """A row in plain values, for files; what is not a finite number is None."""
+    """A row in plain values, for files: what was not measured is None, what is infinite "inf"."""
     ends = {name: row.extremes and getattr(row.extremes, name) for name in ENDS}
+    without_low = row.extremes is not None and math.isnan(row.extremes.sigma_min)
+    if without_low:
+        ends["sigma_min_converged"] = None
     record = {
         "layer": row.name,
         "kernel_shape": row.kernel_shape,
         "input_size": row.input_size,
         **ends,
+        "sigma_min_is_upper_bound": None if without_low else row.extremes and _is_bound(row.extremes),
         "condition_number": row.condition_number,
         "penalty": row.penalty,
         "penalty_per_column": row.penalty_per_column,
         "penalty_floor": row.penalty_floor,
         "reason": row.reason,
     }
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
+    return {name: _plain(value) for name, value in record.items()}
+
+
+def _plain(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return "inf" if value > 0 else None
+    return value
 
 
 def _write_json(file, rows, options, others):
@@ -235,13 +235,13 @@ def _write_json(file, rows, options, others):
         "kernels": [_record(row) for row in rows],
         "without_kernel": others,
     }
-    file.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+    file.write(f"{json.dumps(content, indent=2, ensure_ascii=False)}\n".encode())
 
 
 def _write_csv(file, rows):
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     records = [_record(row) for row in rows]
-    writer = csv.DictWriter(text, records[0] if records else ["layer"])
+    writer = csv.DictWriter(text, records[0])
     writer.writeheader()
     for record in records:
         for name in ("kernel_shape", "input_size"):

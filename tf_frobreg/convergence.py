@@ -12,6 +12,7 @@ from tf_frobreg.extremes import Extremes
 __all__ = ["Convergence"]
 
 MEASURES = ("rarely", "often")
+DENSE_ROWS = 300  # up to which all singular values take no longer than a search
 
 
 class Convergence:
@@ -73,7 +74,7 @@ def _extremes(conv: Convolution, tolerance: float) -> Callable[[np.ndarray], tup
     """A function that returns (σmax, σmin) of a kernel, or NaN where they cannot be had, without raising."""
     accuracy = min(1e-4, 1e-2 * tolerance) or 1e-6
     try:
-        extremes = Extremes(conv, accuracy)
+        extremes = Extremes(conv, accuracy, dense_rows=DENSE_ROWS)
     except ValueError as error:
         if tolerance == 0:
             return lambda kernel: (math.nan, math.nan)

@@ -25,7 +25,8 @@ __all__ = [
     "spectral_norm",
 ]
 
-DENSE_ROWS = 300  # up to which all singular values take no longer
+DENSE_ROWS = 1500  # of the smaller Gram matrix up to which all singular values are computed: 0.25 s
+EXACT_ROWS = 300  # up to which that takes M itself, and no square of σ: 0.02 s
 RESCUE_ROWS = 2000  # up to which all singular values are computed where the search fails: about 1 s
 ALL_ROWS = 5000  # up to which condition_number computes all singular values: about 15 s
 FREQUENCY_WORK = 3e8  # of a borderless operator, frequencies·g·h·min(g, h): 0.3 s for all its singular values
@@ -33,6 +34,9 @@ SPARSE_ENTRIES = 1_000_000  # of the Gram matrix up to which it is faster than t
 VECTORS = 20  # that ARPACK holds
 # Products in float32 take half the time; to this accuracy their rounding does not show.
 SINGLE = 1e-5
+# A σ next to the outermost one can hide it from a search. Asking for a smaller residual of σmax costs a tenth
+# more products and lets that happen in 1 of 60 kernels where it was 3; σmin would cost four times as many.
+CAUTION = 4
 NOISE = 0.1  # share of a random vector in a warm start, for a σ that has become the outermost meanwhile
 
 
@@ -52,9 +56,9 @@ class ExtremeSingularValues(NamedTuple):
     Attributes:
         sigma_max: At most σmax, but for rounding.
         sigma_min: At least σmin, but for rounding; NaN where it was not asked for.
-        sigma_max_error: Some singular value is at most this far from `sigma_max`: σmax, unless it was missed
-            or has a neighbour as close to it as the accuracy.
-        sigma_min_error: The same of `sigma_min`; as large as that where it cannot be told from 0.
+        sigma_max_error: σmax is at most this much larger, from the residual and the accuracy asked for.
+        sigma_min_error: σmin is at most this much smaller; as much as `sigma_min` where it cannot be told
+            from 0.
         sigma_max_converged: Whether the accuracy asked for was reached.
         sigma_min_converged: The same of `sigma_min`.
         vectors: For a warm start; None where all singular values were computed.
@@ -88,20 +92,21 @@ def extreme_singular_values(
     They are the ends of the spectrum of the smaller Gram matrix G, MᵀM or MMᵀ, found by Lanczos iteration
     (ARPACK) and, where that does not converge, by LOBPCG, which has something to show all the same. Both need
     nothing but products with G: a sparse matrix or, of larger layers, a convolution and its adjoint, in
-    float32 as far as that goes, then in float64. Small layers, and "circular" ones of moderate size, have all
-    their singular values computed instead.
+    float32 as far as that goes, then in float64. Layers whose G has up to 1500 rows, and "circular" ones of
+    moderate size, have all their singular values computed instead: nothing is hidden there.
 
     θ = vᵀGv of any unit vector v lies between σmin² and σmax², and some σ² within its residual ‖Gv − θv‖
     (both taken in float64): hence the bounds. That it is the outermost σ² rests, as with every iteration of
-    this kind, on the random vector it starts from. In a tight spectrum, as regularized kernels have, every
-    vector has a small residual: there it has to fall to a hundredth of the spread of all σ² too.
+    this kind, on the random vector it starts from: a neighbour can hide it (of 60 kernels, one σmax and one
+    σmin were 1.3 times as far off as their bounds say). In a tight spectrum, as regularized kernels have,
+    every vector has a small residual: there it has to fall to a hundredth of the spread of all σ² too.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
         input_size: Spatial size of the input image, an int or one int per axis.
-        accuracy: σmax is bounded to accuracy·σmax, and σmin to √accuracy·σmax or, where σmin is not that
-            small, to accuracy·σmax²/2σmin. A σmin below 1e-7·σmax is noise for any accuracy, but for layers
-            whose singular values are all computed.
+        accuracy: Below 1. σmax is bounded to accuracy·σmax, and σmin to √accuracy·σmax or, where σmin is not
+            that small, to accuracy·σmax²/2σmin. A σmin below 1e-7·σmax is noise for any accuracy, but for
+            layers whose singular values are all computed.
         start: What this function gave for a similar kernel of the same geometry, such as that of the epoch
             before: the search begins there and takes some twenty products for each value. A share of a random
             vector goes in, for a singular value that has become the outermost meanwhile.
@@ -225,16 +230,28 @@ class Extremes:
         accuracy: As for `extreme_singular_values`.
         max_iterations: As for `extreme_singular_values`.
         low: Whether σmin is wanted.
+        dense_rows: Rows of the smaller Gram matrix up to which all singular values are computed.
     """
 
-    def __init__(self, conv: Convolution, accuracy: float, *, max_iterations: int = 1000, low: bool = True):
+    def __init__(
+        self,
+        conv: Convolution,
+        accuracy: float,
+        *,
+        max_iterations: int = 1000,
+        low: bool = True,
+        dense_rows: int | None = None,
+    ):
         self._conv, self._low = conv, low
         self._accuracy = check_number("accuracy", accuracy, exclusive=True)
+        if self._accuracy >= 1:
+            raise ValueError(f"accuracy must be below 1. Received: accuracy={accuracy}")
         self._iterations = check_integer("max_iterations", max_iterations)
         self._size = min(conv.shape)
         # Of the sums that a product with G consists of, as a share of σmax².
         self._rounding = np.finfo(np.float64).eps * math.prod(conv.kernel_size) * sum(conv.blocks[1:])
-        self._direct = self._size <= DENSE_ROWS or _is_cheap_by_frequency(conv)
+        dense_rows = DENSE_ROWS if dense_rows is None else dense_rows
+        self._direct = self._size <= dense_rows or _is_cheap_by_frequency(conv)
         if not self._direct:
             check_memory(
                 8 * VECTORS * self._size,
@@ -255,7 +272,7 @@ class Extremes:
             found = self._search(self._products(kernel), start)
             reached = found.sigma_max_converged and (found.sigma_min_converged or not self._low)
             if self._size <= RESCUE_ROWS and not reached:
-                found = self._from_all(kernel, 1e-8)._replace(vectors=found.vectors)
+                found = self._from_all(kernel)._replace(vectors=found.vectors)
         return found._replace(**{name: scale * getattr(found, name) for name in found._fields[:4]})
 
     def _check_start(self, start):
@@ -272,9 +289,10 @@ class Extremes:
             )
         return start.vectors
 
-    def _from_all(self, kernel, accuracy=1e-14):
+    def _from_all(self, kernel):
+        accuracy = 1e-14 if self._size <= EXACT_ROWS or has_frequencies(self._conv) else 1e-8
         sigma = all_singular_values(kernel, self._conv, accuracy) if kernel.any() else np.zeros(1)
-        error = float(self._size * np.finfo(np.float64).eps * sigma[0])
+        error = float(max(accuracy, self._size * np.finfo(np.float64).eps) * sigma[0])
         low = (sigma[-1], error) if self._low else (math.nan, math.nan)
         return ExtremeSingularValues(
             float(sigma[0]), float(low[0]), float(error), float(low[1]), True, self._low
@@ -296,23 +314,28 @@ class Extremes:
         if mean == 0.0:
             return self._from_all(np.zeros(1))
         # For a random vector the residual is about the standard deviation of all σ², and θ their mean.
-        accuracy = max(min(self._accuracy, 0.01 * spread / mean), self._rounding)
+        finest = 0.01 * spread / mean
         first = product(random) if start is None else start.high + NOISE * random
         # An error ε of σ² is one of ε/2σ of σ: σmax can do with twice the residual.
-        high = self._outermost(products, first, 2 * accuracy)
+        goal = max(min(2 * self._accuracy / CAUTION, finest), self._rounding)
+        high = self._outermost(products, first, goal)
         low = (math.nan, math.nan, None)
         if self._low:
             first = random if start is None or start.low is None else start.low + NOISE * random
-            low = self._outermost(products, first, accuracy, high[0])
-        rounding = self._rounding * high[0]
+            goal = max(min(self._accuracy, finest), self._rounding)
+            low = self._outermost(products, first, goal, high[0])
+        # Neighbours closer than the accuracy are not told apart, however small the residual is.
+        allowed = self._accuracy * high[0]
+        above = max(high[1], 2 * allowed) + self._rounding * high[0]
+        below = max(low[1], allowed) + self._rounding * high[0]
         sigma_max, sigma_min = (math.sqrt(max(theta, 0.0)) for theta, *_ in (high, low))
         return ExtremeSingularValues(
             sigma_max=sigma_max,
             sigma_min=sigma_min,
-            sigma_max_error=math.sqrt(high[0] + high[1] + rounding) - sigma_max,
-            sigma_min_error=sigma_min - math.sqrt(max(low[0] - low[1] - rounding, 0.0)),
-            sigma_max_converged=high[1] <= 2 * self._accuracy * high[0],
-            sigma_min_converged=low[1] <= self._accuracy * high[0],
+            sigma_max_error=math.sqrt(high[0] + above) - sigma_max,
+            sigma_min_error=sigma_min - math.sqrt(max(low[0] - below, 0.0)),
+            sigma_max_converged=high[1] <= 2 * allowed,
+            sigma_min_converged=low[1] <= allowed,
             vectors=Start(high[2], low[2]),
         )
 

@@ -22,7 +22,7 @@ def read_kernel(path: str) -> np.ndarray:
     array = _load(path, ".npy file")
     if not isinstance(array, np.ndarray):
         array.close()
-        raise BadInput(f"KERNEL must be a .npy file of one array, not an archive. Received: {path}")
+        raise BadInput(f"FILE must be a .npy file of one array, not an archive. Received: {path}")
     return array
 
 
@@ -46,13 +46,13 @@ def _load(path, what):
     try:
         return np.load(path, allow_pickle=False)
     except OSError as error:
-        raise BadInput(f"KERNEL cannot be read ({error.strerror or error}). Received: {path}") from None
+        raise BadInput(f"FILE cannot be read ({error.strerror or error}). Received: {path}") from None
     except _DAMAGED:
         raise _not_whole(path, what) from None
 
 
 def _not_whole(path, what):
-    return BadInput(f"KERNEL must be a whole {what} of plain numbers; pickles are refused. Received: {path}")
+    return BadInput(f"FILE must be a whole {what} of plain numbers; pickles are refused. Received: {path}")
 
 
 class OutputFile:
@@ -74,11 +74,19 @@ class OutputFile:
 
     def write(self, writer: Callable[[BinaryIO], None]) -> None:
         """Calls `writer` with an open binary file, then puts the file in its place."""
+
+        def write_open(path):
+            with path.open("wb") as file:
+                writer(file)
+
+        self.write_path(write_open)
+
+    def write_path(self, writer: Callable[[Path], None]) -> None:
+        """Calls `writer` with the path of a file of the same ending, then puts the file in its place."""
         temporary = None
         try:
             temporary = self._make_temporary()
-            with temporary.open("wb") as file:
-                writer(file)
+            writer(temporary)
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)  # temporary files are private, results are not
@@ -91,7 +99,8 @@ class OutputFile:
                 temporary.unlink(missing_ok=True)
 
     def _make_temporary(self) -> Path:
-        handle, name = tempfile.mkstemp(prefix=f".{self.path.name[:100]}.", dir=self.path.parent)
+        ending = self.path.suffix[:20]
+        handle, name = tempfile.mkstemp(ending, f".{self.path.name[:100]}.", self.path.parent)
         os.close(handle)
         return Path(name)
 

@@ -53,7 +53,7 @@ class Gram:
         check_memory(
             8 * (2 * self.group_size**2 + self._num_places * (g**2 + 4)),
             f"the singular values of M of shape {' × '.join(map(str, self._conv.shape))} need a dense matrix",
-            "extreme_singular_values, or a smaller input_size",
+            "a smaller input_size, or what needs σmax and σmin only",
         )
         rows, columns, classes = self._places.T
         for blocks in np.moveaxis(self._blocks(kernel), 1, 0):

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tf_frobreg.checks import check_integer
 from tf_frobreg.convolution import Convolution
 
-__all__ = ["LayerKernel", "ModelKernels", "read_kernels"]
+__all__ = ["LayerKernel", "ModelKernels", "UntreatedLayer", "flat_layers", "read_kernels"]
 
 keras = tf.keras
 
@@ -47,22 +47,42 @@ class LayerKernel(NamedTuple):
         return (value if value.dtype == tf.float64 else tf.cast(value, tf.float32)).numpy()
 
 
+class UntreatedLayer(NamedTuple):
+    """A layer that has a matrix, and why it cannot be treated all the same.
+
+    Attributes:
+        name: Of the layer, as that of a `LayerKernel`.
+        layer: The layer.
+        reason: Why.
+        of_unknown_size: Whether all that is missing is the size of its image.
+    """
+
+    name: str
+    layer: keras.layers.Layer
+    reason: str
+    of_unknown_size: bool = False
+
+
 class ModelKernels(NamedTuple):
     """What a model consists of.
 
     Attributes:
         kernels: The kernels of convolutions and Dense layers, in the order of the layers.
-        untreated: (name of the layer, the layer, reason) of those that have a matrix all the same.
-        others: How many layers of each type have none.
+        untreated: Layers whose matrix is none of those.
+        others: How many layers of each type have no matrix.
     """
 
     kernels: list[LayerKernel]
-    untreated: list[tuple[str, keras.layers.Layer, str]]
+    untreated: list[UntreatedLayer]
     others: dict[str, int]
 
 
 class _Untreated(Exception):
     """Why a layer cannot be treated."""
+
+
+class _UnknownSize(_Untreated):
+    """The size of a layer's image is open."""
 
 
 def read_kernels(model, input_size=None) -> ModelKernels:
@@ -85,9 +105,10 @@ def read_kernels(model, input_size=None) -> ModelKernels:
         raise ValueError(
             f"model must be built: call it once, or model.build(input_shape). Received: {model!r}"
         )
-    layers = _flat_layers(model)
+    layers = flat_layers(model)
     shapes = {}
     if input_size is not None:
+        _check_open(model, input_size)
         shapes = _observed_shapes(model, layers, input_size)
     names = _names(layers)
     kernels, untreated, others = [], [], Counter()
@@ -95,11 +116,12 @@ def read_kernels(model, input_size=None) -> ModelKernels:
         try:
             found = list(_kernels(layer, name, shapes.get(id(layer)) or _built_shape(layer)))
         except _Untreated as reason:
-            untreated.append((name, layer, str(reason)))
+            untreated.append(UntreatedLayer(name, layer, str(reason), isinstance(reason, _UnknownSize)))
             continue
         kernels += found
         if not found and any(len(weight.shape) > 1 for weight in _own_weights(layer)):
-            untreated.append((name, layer, f"{type(layer).__name__} is neither a convolution nor Dense"))
+            reason = f"{type(layer).__name__} is neither a convolution nor Dense"
+            untreated.append(UntreatedLayer(name, layer, reason))
         elif not found and not _children(layer):
             others[type(layer).__name__] += 1
     return ModelKernels(kernels, untreated, dict(others))
@@ -112,6 +134,10 @@ def _kernels(layer, name, shape) -> Iterator[LayerKernel]:
         return
     if not layer.built:
         raise _Untreated("it has not been built: the model has not called it")
+    base = next(kind for kind in known if isinstance(layer, kind))
+    for method in ("call", "convolution_op"):
+        if getattr(type(layer), method, None) is not getattr(base, method, None):
+            raise _Untreated(f"its class, {type(layer).__name__}, has a {method} of its own")
     if getattr(layer, "quantization_mode", None) is not None:
         raise _Untreated(f"it is quantized ({layer.quantization_mode})")
     if isinstance(layer, keras.layers.Dense):
@@ -151,8 +177,8 @@ def _spatial(layer, shape):
         raise _Untreated("the shape of its input is not recorded")
     size = tuple(shape[2:] if layer.data_format == "channels_first" else shape[1:-1])
     if None in size:
-        raise _Untreated(
-            f"its image size is unknown, {size}: give input_size, or build the model for images of one size"
+        raise _UnknownSize(
+            f"its image size is unknown, {size}: give input_size (--input-size), or a model of fixed size"
         )
     return size
 
@@ -162,7 +188,7 @@ def _built_shape(layer):
     return shape if isinstance(shape, Sequence) else None
 
 
-def _flat_layers(model):
+def flat_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
     """All layers, nested ones after what they are nested in, in the order of the model."""
     layers = []
     queue = [model]
@@ -198,13 +224,31 @@ def _names(layers):
     return names
 
 
+def _check_open(model, input_size):
+    """A size that would change nothing is a mistake."""
+    shapes = [spec.shape for spec in getattr(model, "inputs", None) or ()] or [_built_shape(model)]
+    if all(shape is not None and None not in shape[1:] for shape in shapes):
+        raise ValueError(
+            "input_size goes with a model that leaves the size of its images open; this one has inputs of "
+            f"shape {', '.join(map(str, shapes))}. Received: input_size={input_size!r}"
+        )
+
+
 def _observed_shapes(model, layers, input_size):
     """Shape of the first input of each layer while the model sees zeros, by the layer's id."""
     shapes = {}
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(_noting(layer, shapes))
-        model(_zeros(model, input_size), training=False)
+        zeros = _zeros(model, input_size)
+        try:
+            model(zeros, training=False)
+        except (ValueError, tf.errors.OpError) as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"input_size must suit the model, which fails on such images ({cause}). "
+                f"Received: input_size={input_size!r}"
+            ) from None
     return shapes
 
 
@@ -247,7 +291,9 @@ def _filled(shape, input_size):
         if np.ndim(input_size)
         else [check_integer("input_size", input_size)] * len(open_axes)
     )
-    if len(sizes) != len(open_axes) and open_axes:
+    if not open_axes:
+        return [1, *shape[1:]]
+    if len(sizes) != len(open_axes):
         raise ValueError(
             f"input_size must be an int or {len(open_axes)} ints for an input of shape {tuple(shape)}. "
             f"Received: input_size={reprlib.repr(input_size)}"

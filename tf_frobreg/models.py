@@ -1,19 +1,22 @@
-"""Whole models: the spectrum of each layer."""
+"""Whole models: the spectrum of each layer, and Algorithm 3.1 on all of them."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from tf_frobreg.attach import Selection, select_kernels
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution import Convolution
+from tf_frobreg.descent import DescentResult, regularize_kernel
 from tf_frobreg.extremes import Extremes, ExtremeSingularValues, ratio
 from tf_frobreg.layers import read_kernels
 from tf_frobreg.penalty import evaluate, floor
 
-__all__ = ["KernelSpectrum", "measure", "model_spectrum"]
+__all__ = ["KernelSpectrum", "ModelDescent", "measure", "model_spectrum", "regularize_model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +100,21 @@ def model_spectrum(
     alpha = check_number("alpha", alpha, exclusive=True)
     found = read_kernels(model, input_size)
     options = {"accuracy": accuracy, "max_iterations": max_iterations, "low": sigma_min}
-    before = {row.name: row for row in start or ()}
+    if not isinstance(sigma_min, bool):
+        raise TypeError(f"sigma_min must be True or False. Received: sigma_min={sigma_min!r}")
+    before = {row.name: row for row in _check_start(start)}
     rows = [
         measure(kernel.name, kernel.value, kernel.conv, alpha, start=before.get(kernel.name), **options)
         for kernel in found.kernels
     ]
-    return rows + [KernelSpectrum(name, reason) for name, _, reason in found.untreated]
+    return rows + [KernelSpectrum(u.name, u.reason) for u in found.untreated]
+
+
+def _check_start(start):
+    rows = () if start is None else start
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, KernelSpectrum) for row in rows):
+        raise TypeError(f"start must be what model_spectrum returned. Received: start={reprlib.repr(start)}")
+    return rows
 
 
 def measure(
@@ -116,6 +128,7 @@ def measure(
     try:
         found = extremes(kernel, start.extremes if same else None)
         penalty = float(evaluate(tf.constant(kernel, tf.float64), conv, alpha, "closed_form"))
+        penalty = math.inf if math.isnan(penalty) else penalty  # the difference of what is beyond all floats
     except ValueError as error:  # of the memory it would take
         return KernelSpectrum(name, str(error), kernel_shape=conv.kernel_shape)
     return KernelSpectrum(
@@ -123,8 +136,121 @@ def measure(
         kernel_shape=conv.kernel_shape,
         input_size=conv.input_size,
         extremes=found,
-        penalty=math.inf if math.isnan(penalty) else penalty,
+        penalty=penalty,
         penalty_per_column=penalty / conv.shape[1],
         penalty_floor=floor(conv, alpha),
         convolution=conv,
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelDescent:
+    """What `regularize_model` reached; printed, it is a table.
+
+    Attributes:
+        results: The `DescentResult` of each kernel, by its name.
+        left_out: Why other kernels and layers were left as they were, by their names.
+    """
+
+    results: dict[str, DescentResult]
+    left_out: dict[str, str]
+
+    @property
+    def converged(self) -> bool:
+        """Whether every descent reached a tolerance."""
+        return all(result.converged for result in self.results.values())
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in (*self.results, *self.left_out)), default=0)
+        lines = []
+        for name, result in self.results.items():
+            before, after = result.history["penalty"][0], result.penalty
+            high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
+            lines.append(
+                f"{name:{width}}  R {before:.4g} → {after:.4g}, σ {low:.4g} … {high:.4g}, "
+                f"{result.num_steps} steps, {result.reason.value}"
+            )
+        return "\n".join(lines + [f"{name:{width}}  - {reason}" for name, reason in self.left_out.items()])
+
+
+def regularize_model(
+    model,
+    *,
+    alpha: float = 1.0,
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    padding: str | None = None,
+    max_steps: int = 200,
+    tolerance: float = 0.01,
+    input_size=None,
+    callback: Callable[[str, int, np.ndarray, float], bool | None] | None = None,
+    **options,
+) -> ModelDescent:
+    """Runs Algorithm 3.1 on every kernel of a built model, which is changed in place.
+
+    Before training it makes each layer nearly an isometry of its images; after it, it repairs layers whose
+    singular values have drifted, at a price that only the data can tell: it knows nothing of the loss.
+    `FrobeniusInitializer` gives a new layer such a kernel, without the local minima that a normal start of as
+    many filters as channels can end in.
+
+    Args:
+        model: As for `attach_regularizers`.
+        alpha: α, the target of σ²; positive.
+        include: As for `attach_regularizers`.
+        exclude: As for `attach_regularizers`.
+        padding: As for `attach_regularizers`.
+        max_steps: Steps of each descent at the most.
+        tolerance: As for `regularize_kernel`.
+        input_size: As for `attach_regularizers`.
+        callback: Called as `callback(name, step, kernel, penalty)` at every step; the descent at hand and all
+            that would follow stop where it returns a true value.
+        **options: Of `regularize_kernel`: `learning_rate`, `direction`, `measure`, `gradient_tolerance`.
+
+    Returns:
+        A `ModelDescent`, with the `DescentResult` of each kernel. Every kernel has the value that its descent
+        reached, converged or not.
+
+    Raises:
+        ValueError, TypeError: Where an argument is invalid; the message names it.
+
+    Example:
+        >>> tf.keras.utils.set_random_seed(1)
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((10, 10, 2)), tf.keras.layers.Conv2D(4, 3, padding="same", name="conv")])
+        >>> descent = regularize_model(model)
+        >>> descent.converged, descent.results["conv"].num_steps < 100
+        (True, True)
+        >>> print(abs(model_spectrum(model)[0].extremes.sigma_max - 1) < 0.01)
+        True
+    """
+    chosen, left_out = select_kernels(model, include, exclude, input_size)
+    results, stopped = {}, False
+    for kernel in chosen:
+        if getattr(kernel.layer, "lora_enabled", False):
+            left_out[kernel.name] = "LoRA is enabled: its kernel is frozen"
+            continue
+        if stopped:
+            left_out[kernel.name] = "the callback stopped before it"
+            continue
+
+        def of_kernel(step, value, penalty, name=kernel.name):
+            nonlocal stopped
+            stopped = bool(callback and callback(name, step, value, penalty))
+            return stopped
+
+        geometry = dict(kernel.conv.geometry)
+        if padding is not None:
+            geometry["padding"] = padding
+        result = regularize_kernel(
+            kernel.value,
+            kernel.conv.input_size,
+            alpha=alpha,
+            max_steps=max_steps,
+            tolerance=tolerance,
+            callback=of_kernel,
+            **options,
+            **geometry,
+        )
+        getattr(kernel.layer, kernel.attribute).assign(result.kernel)
+        results[kernel.name] = result
+    return ModelDescent(results, left_out)

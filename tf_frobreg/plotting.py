@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 from tf_frobreg.checks import check_number
 from tf_frobreg.descent import DescentResult
 from tf_frobreg.extremes import ExtremeSingularValues
+from tf_frobreg.models import KernelSpectrum
 
-__all__ = ["plot_convergence", "plot_spectrum"]
+__all__ = ["plot_convergence", "plot_gradient_norms", "plot_spectrum", "plot_training"]
 
 KINDS = ("sorted", "histogram")
 BINS = 60
+LEGEND_ROWS = 18
 
 
 def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Figure:
@@ -60,7 +62,8 @@ def plot_spectrum(spectra, *, kind: str = "sorted", alpha: float = 1.0) -> Figur
 
     Args:
         spectra: The σ of one layer, as from `singular_values`, or a dict of them by the layer's name. An
-            `ExtremeSingularValues` in place of an array draws σmax and σmin only.
+            `ExtremeSingularValues` in place of an array draws σmax and σmin only, and so does what
+            `model_spectrum` returns.
         kind: "sorted" draws one panel per layer, σ in descending order against their share. "histogram" draws
             all layers in one panel, each as the share of its σ per bin.
         alpha: α, whose root the penalty draws the σ to. Positive.
@@ -82,6 +85,8 @@ def plot_spectrum(spectra, *, kind: str = "sorted", alpha: float = 1.0) -> Figur
     alpha = check_number("alpha", alpha, exclusive=True)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}. Received: kind={kind!r}")
+    if isinstance(spectra, (list, tuple)) and all(isinstance(row, KernelSpectrum) for row in spectra):
+        spectra = {row.name: row.extremes for row in spectra if row.reason is None}
     by_name = spectra if isinstance(spectra, Mapping) else {"": spectra}
     by_name = {str(name): _as_spectrum(sigma) for name, sigma in by_name.items()}
     if not by_name:
@@ -94,12 +99,13 @@ def _as_spectrum(sigma):
     if isinstance(sigma, ExtremeSingularValues):
         return sigma
     try:
-        array = np.sort(np.asarray(sigma, dtype=np.float64), axis=None)[::-1]
+        array = np.array([np.nan]) if np.iscomplexobj(sigma) else np.asarray(sigma, dtype=np.float64)
     except (TypeError, ValueError):
         array = np.array([np.nan])
-    if not array.size or not np.isfinite(array).all():
+    array = np.sort(array, axis=None)[::-1]
+    if not array.size or not np.isfinite(array).all() or array[-1] < 0:
         raise ValueError(
-            "spectra must hold finite singular values or ExtremeSingularValues. "
+            "spectra must hold finite singular values, at least 0, or ExtremeSingularValues. "
             f"Received: {reprlib.repr(sigma)}"
         )
     return array
@@ -113,12 +119,12 @@ def _draw_sorted(spectra, target):
         axes = figure.add_subplot(rows, columns, number)
         axes.axhline(target, color="0.6", linestyle="--", linewidth=1)
         if isinstance(sigma, ExtremeSingularValues):
-            axes.set_title(f"{name}, σmax and σmin".removeprefix(", "), fontsize="medium")
+            axes.set_title(f"{_shortened(name)}, σmax and σmin".removeprefix(", "), fontsize="small")
             axes.hlines(sigma[:2], 0, 1, color="tab:blue")
             axes.fill_between([0, 1], sigma.sigma_min, sigma.sigma_max, color="tab:blue", alpha=0.12)
             high = sigma.sigma_max
         else:
-            axes.set_title(f"{name}, {sigma.size:,} σ".removeprefix(", "), fontsize="medium")
+            axes.set_title(f"{_shortened(name)}, {sigma.size:,} σ".removeprefix(", "), fontsize="small")
             axes.plot((np.arange(sigma.size) + 0.5) / sigma.size, sigma, color="tab:blue")
             high = sigma[0]
         axes.set_ylim(0, 1.05 * max(high, target))
@@ -129,25 +135,98 @@ def _draw_sorted(spectra, target):
 
 
 def _draw_histogram(spectra, target):
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    columns = math.ceil(len(spectra) / LEGEND_ROWS)
+    figure = Figure(figsize=(5.5 + 2.2 * columns, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="σ", ylabel="share of the layer's σ")
     axes.axvline(target, color="0.6", linestyle="--", linewidth=1)
     ends = [s[0] for s in spectra.values()]  # σmax of both kinds
     bins = np.linspace(0, 1.02 * max(*ends, target), BINS + 1)
-    colours = colormaps["viridis"](np.linspace(0, 0.92, len(spectra)))
+    colours = _by_depth(len(spectra))
     below = 0.0
     for colour, (name, sigma) in zip(colours, spectra.items(), strict=True):
         if isinstance(sigma, ExtremeSingularValues):  # a range, under the histograms
             below -= 0.01
-            axes.plot(sigma[:2], [below, below], marker="|", color=colour, label=f"{name} (ends)")
+            axes.plot(sigma[:2], [below, below], marker="|", color=colour, label=f"{_shortened(name)} (ends)")
         else:
             weights = np.full(sigma.size, 1 / sigma.size)
-            axes.hist(sigma, bins, weights=weights, histtype="step", color=colour, label=name)
+            axes.hist(sigma, bins, weights=weights, histtype="step", color=colour, label=_shortened(name))
     axes.set_yticks([tick for tick in axes.get_yticks() if tick >= 0])
     if list(spectra) != [""]:
-        columns = math.ceil(len(spectra) / 20)
-        axes.legend(fontsize="x-small", ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend(axes, len(spectra))
     return figure
+
+
+def plot_training(history: Mapping[str, np.ndarray], alpha: float = 1.0) -> Figure:
+    """Draws σmax and σmin of each layer against the epoch, coloured by depth, and √α as a dashed line.
+
+    Args:
+        history: As `SingularValueMonitor.history`.
+        alpha: α, whose root the penalty draws the σ to.
+
+    Returns:
+        A figure with two panels.
+
+    Raises:
+        ValueError: Where there is nothing to draw.
+    """
+    names = [name.removesuffix("/sigma_max") for name in history if name.endswith("/sigma_max")]
+    if not names:
+        raise ValueError(f"history must hold measurements. Received: {reprlib.repr(history)}")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    colours = _by_depth(len(names))
+    for number, (column, label) in enumerate([("sigma_max", "σmax"), ("sigma_min", "σmin")], start=1):
+        axes = figure.add_subplot(1, 2, number, title=label, xlabel="epoch")
+        axes.axhline(alpha**0.5, color="0.6", linestyle="--", linewidth=1)
+        for name, colour in zip(names, colours, strict=True):
+            values = history[f"{name}/{column}"]
+            measured = np.isfinite(values)
+            axes.plot(history["epoch"][measured], values[measured], ".-", color=colour, label=name)
+    _legend(axes, len(names))
+    return figure
+
+
+def plot_gradient_norms(history: Mapping[str, np.ndarray]) -> Figure:
+    """Draws the norm of the gradient in each kernel by depth, a line per measurement.
+
+    Args:
+        history: As `SingularValueMonitor.history`, of a monitor with `gradient_data`.
+
+    Returns:
+        A figure with one panel.
+
+    Raises:
+        ValueError: Where there is nothing to draw.
+    """
+    columns = [name for name in history if name.endswith("/gradient_norm")]
+    if not columns:
+        raise ValueError(f"history must hold gradient norms. Received: {reprlib.repr(history)}")
+    names = [name.removesuffix("/gradient_norm") for name in columns]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(yscale="log", ylabel="norm of the gradient")
+    for colour, epoch, row in zip(
+        _by_depth(len(history["epoch"])),
+        history["epoch"],
+        np.transpose([history[column] for column in columns]),
+        strict=True,
+    ):
+        axes.plot(range(len(names)), row, ".-", color=colour, label=f"epoch {epoch:g}")
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize="x-small")
+    _legend(axes, len(history["epoch"]))
+    return figure
+
+
+def _by_depth(count):
+    return colormaps["viridis"](np.linspace(0, 0.92, count))
+
+
+def _shortened(name, limit=26):
+    """A long name without its middle."""
+    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-limit // 2 + 1 :]}"
+
+
+def _legend(axes, count):
+    columns = math.ceil(count / LEGEND_ROWS)
+    axes.legend(fontsize="x-small", ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_sigma(axes, result, column, label, colour):

@@ -11,13 +11,66 @@ from tf_frobreg.penalty import check_method, evaluate
 from tf_frobreg.reshaped import evaluate_reshaped
 from tf_frobreg.spectral import check_gram, power_iteration, start_vector
 
-__all__ = ["FrobeniusRegularizer", "ReshapedRegularizer", "SpectralRegularizer"]
+__all__ = [
+    "FrobeniusRegularizer",
+    "ReshapedRegularizer",
+    "SpectralRegularizer",
+    "SumRegularizer",
+    "WeightedRegularizer",
+]
 
 REDUCTIONS = ("sum", "mean")
 
 
+class WeightedRegularizer(tf.keras.regularizers.Regularizer):
+    """A penalty times `factor` times `scale`, a number that `FactorSchedule` changes during training."""
+
+    def __init__(self, factor, scale):
+        self.factor = check_number("factor", factor)
+        self._scale = check_number("scale", scale)
+
+    @property
+    def scale(self) -> float:
+        """What `factor` is multiplied by; traced functions see a change only after `make_adjustable`."""
+        return float(self._scale)
+
+    @scale.setter
+    def scale(self, value):
+        value = check_number("scale", value)
+        if isinstance(self._scale, tf.Variable):
+            self._scale.assign(value)
+        else:
+            self._scale = value
+
+    def make_adjustable(self) -> bool:
+        """Keeps `scale` in a variable from now on, which traced functions read; False if it did before."""
+        if isinstance(self._scale, tf.Variable):
+            return False
+        with tf.init_scope():
+            self._scale = tf.Variable(
+                self._scale,
+                trainable=False,
+                dtype=tf.float64,
+                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            )
+        return True
+
+    def weight(self, dtype: tf.DType):
+        """factor·scale: a plain number, or a tensor of `dtype` where the regularizer is adjustable."""
+        if isinstance(self._scale, tf.Variable):
+            return tf.cast(self.factor * self._scale, dtype)
+        return self.factor * self._scale
+
+    def get_config(self):
+        """Returns the constructor's arguments as plain values; `scale` only where it is not 1."""
+        return {"factor": self.factor} | ({} if self.scale == 1.0 else {"scale": self.scale})
+
+    def __getstate__(self):
+        return self.__dict__ | {"_scale": self.scale}  # a copy is adjusted on its own
+
+
 @tf.keras.utils.register_keras_serializable(package="tf_frobreg")
-class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
+class FrobeniusRegularizer(WeightedRegularizer):
     """Penalises a kernel by `factor`·R_α(K), R_α(K) = ‖MᵀM − αI‖²_F with M its transformation matrix.
 
     It draws the singular values of M, the linear map that the layer applies to an image, towards √α. Keras
@@ -42,6 +95,7 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
         reduction: "sum" for R_α itself, or "mean" to divide it by the columns of M, so that one factor
             suits layers of any size.
         method: "closed_form" or "sparse", as for `frobenius_penalty`.
+        scale: What `FactorSchedule` multiplies `factor` by at the moment; saved with the model.
 
     Raises:
         ValueError, TypeError: Where an argument is invalid, at once; where it does not fit the kernel, when
@@ -68,8 +122,9 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
         kind="conv",
         reduction="sum",
         method="closed_form",
+        scale=1.0,
     ):
-        self.factor = check_number("factor", factor)
+        super().__init__(factor, scale)
         self.alpha = check_number("alpha", alpha, exclusive=True)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}. Received: reduction={reduction!r}")
@@ -85,13 +140,12 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
         kernel = as_kernel(x, check_finite=False)  # a diverging training is to show a NaN loss, not stop
         conv = Convolution(tuple(kernel.shape), **self.geometry)
         penalty = evaluate(kernel, conv, self.alpha, self.method)
-        scale = self.factor / (conv.shape[1] if self.reduction == "mean" else 1)
-        return scale * penalty
+        return self.weight(penalty.dtype) / (conv.shape[1] if self.reduction == "mean" else 1) * penalty
 
     def get_config(self):
         """Returns the constructor's arguments as plain values."""
         return {
-            "factor": self.factor,
+            **super().get_config(),
             "alpha": self.alpha,
             "reduction": self.reduction,
             "method": self.method,
@@ -100,7 +154,7 @@ class FrobeniusRegularizer(tf.keras.regularizers.Regularizer):
 
 
 @tf.keras.utils.register_keras_serializable(package="tf_frobreg")
-class SpectralRegularizer(tf.keras.regularizers.Regularizer):
+class SpectralRegularizer(WeightedRegularizer):
     """Penalises a kernel by `factor`·‖MᵀM − αI‖₂, Guo's earlier penalty, reference [7] of the paper.
 
     Each time it is evaluated it takes a few power steps from the vector that the last evaluation of the same
@@ -115,6 +169,7 @@ class SpectralRegularizer(tf.keras.regularizers.Regularizer):
         gram: "columns" or "smaller", as for `spectral_penalty`; the former ends with zero gradient where M
             has more columns than rows.
         power_steps: Power steps at each evaluation.
+        scale: As for `FrobeniusRegularizer`.
         **geometry: As for `FrobeniusRegularizer`: of the layer, to which Keras gives no access.
 
     Raises:
@@ -139,9 +194,10 @@ class SpectralRegularizer(tf.keras.regularizers.Regularizer):
         *,
         gram="columns",
         power_steps=2,
+        scale=1.0,
         **geometry: Unpack[Geometry],
     ):
-        self.factor = check_number("factor", factor)
+        super().__init__(factor, scale)
         self.alpha = check_number("alpha", alpha, exclusive=True)
         self.gram = check_gram(gram)
         self.power_steps = check_integer("power_steps", power_steps)
@@ -156,12 +212,12 @@ class SpectralRegularizer(tf.keras.regularizers.Regularizer):
         value, new = power_iteration(kernel, vector, conv, self.alpha, self.gram, self.power_steps)
         # A diverging training is to show a NaN loss, and no more than that.
         vector.assign(tf.where(tf.math.is_finite(value), new, vector))
-        return self.factor * value
+        return self.weight(value.dtype) * value
 
     def get_config(self):
         """Returns the constructor's arguments as plain values."""
         return {
-            "factor": self.factor,
+            **super().get_config(),
             "alpha": self.alpha,
             "gram": self.gram,
             "power_steps": self.power_steps,
@@ -186,11 +242,11 @@ class SpectralRegularizer(tf.keras.regularizers.Regularizer):
         return vector
 
     def __getstate__(self):
-        return self.__dict__ | {"_vectors": {}}  # a copy has kernels of its own
+        return super().__getstate__() | {"_vectors": {}}  # a copy has kernels of its own
 
 
 @tf.keras.utils.register_keras_serializable(package="tf_frobreg")
-class ReshapedRegularizer(tf.keras.regularizers.Regularizer):
+class ReshapedRegularizer(WeightedRegularizer):
     """Penalises a kernel by `factor`·‖WᵀW − αI‖²_F, W being the kernel reshaped to filters × the rest.
 
     W is not the layer's matrix: see `reshaped_penalty`. It is here for comparison, and needs no geometry.
@@ -198,6 +254,7 @@ class ReshapedRegularizer(tf.keras.regularizers.Regularizer):
     Args:
         factor: Weight of the penalty, at least 0.
         alpha: α, the target of W's squared singular values; positive.
+        scale: As for `FrobeniusRegularizer`.
 
     Raises:
         ValueError, TypeError: Where an argument is invalid; the message names it.
@@ -209,14 +266,46 @@ class ReshapedRegularizer(tf.keras.regularizers.Regularizer):
         tf.Tensor(True, shape=(), dtype=bool)
     """
 
-    def __init__(self, factor=1e-4, alpha=1.0):
-        self.factor = check_number("factor", factor)
+    def __init__(self, factor=1e-4, alpha=1.0, *, scale=1.0):
+        super().__init__(factor, scale)
         self.alpha = check_number("alpha", alpha, exclusive=True)
 
     def __call__(self, x):
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        return self.factor * evaluate_reshaped(as_kernel(x, check_finite=False), self.alpha)
+        penalty = evaluate_reshaped(as_kernel(x, check_finite=False), self.alpha)
+        return self.weight(penalty.dtype) * penalty
 
     def get_config(self):
         """Returns the constructor's arguments as plain values."""
-        return {"factor": self.factor, "alpha": self.alpha}
+        return super().get_config() | {"alpha": self.alpha}
+
+
+@tf.keras.utils.register_keras_serializable(package="tf_frobreg")
+class SumRegularizer(tf.keras.regularizers.Regularizer):
+    """Adds up the values of several regularizers, as where a penalty joins one that is there already.
+
+    Args:
+        regularizers: Keras regularizers, or functions of the kernel.
+
+    Raises:
+        ValueError: Where there is none.
+
+    Example:
+        >>> both = SumRegularizer([tf.keras.regularizers.L2(0.5), ReshapedRegularizer(factor=1.0)])
+        >>> print(both(tf.ones((1, 1, 1, 1))).numpy())
+        0.5
+    """
+
+    def __init__(self, regularizers):
+        self.regularizers = [tf.keras.regularizers.get(regularizer) for regularizer in regularizers]
+        if not self.regularizers or None in self.regularizers:
+            raise ValueError(f"regularizers must be some. Received: regularizers={regularizers!r}")
+
+    def __call__(self, x):
+        """Returns the sum, a scalar."""
+        return tf.add_n([regularizer(x) for regularizer in self.regularizers])
+
+    def get_config(self):
+        """Returns the constructor's arguments as plain values."""
+        serialize = tf.keras.regularizers.serialize
+        return {"regularizers": [serialize(regularizer) for regularizer in self.regularizers]}

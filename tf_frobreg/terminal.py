@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["library", "progress_display", "show", "stop_request"]
+__all__ = ["library", "progress_display", "show", "stop_request", "terminal_width"]
 
 
 def show(*lines) -> None:
     """Prints tables and lines; a standard output that is gone or full does not undo what was written."""
-    # A file or pipe has no width that a table would have to be broken to.
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = Console(markup=False, highlight=False, width=terminal_width())
     try:
         for line in lines:
             console.print(line, soft_wrap=isinstance(line, str))
@@ -26,6 +25,11 @@ def show(*lines) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         reason = getattr(error, "strerror", None) or "closed"
         print(f"The files are written; standard output is not: {reason}", file=sys.stderr)
+
+
+def terminal_width() -> int:
+    """Columns of standard output; a file or pipe has no width that a table would have to be broken to."""
+    return Console().width if sys.stdout.isatty() else 200
 
 
 @contextlib.contextmanager

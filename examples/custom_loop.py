@@ -1,0 +1,75 @@
+"""A training loop of one's own: the penalties are in `model.losses`, and are added to the loss by hand.
+
+    python examples/custom_loop.py
+
+It trains a small network on scikit-learn's digits where that is installed, on noise otherwise, and prints
+loss and penalty of each epoch, and σmax of each layer at first and at last.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_frobreg import attach_regularizers, model_spectrum
+
+
+def load_data():
+    """8×8 images of digits, and their labels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        random = np.random.RandomState(0)
+        return random.rand(512, 8, 8, 1).astype("float32"), random.randint(10, size=512)
+    digits = load_digits()
+    return digits.images[..., None].astype("float32") / 16, digits.target
+
+
+def main():
+    """Trains and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--factor", type=float, default=0.1, help="of the penalties (default: 0.1)")
+    options = parser.parse_args()
+    keras.utils.set_random_seed(1)
+    x, y = load_data()
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input(x.shape[1:]),
+            layers.Conv2D(16, 3, padding="same", activation="relu", name="conv1"),
+            layers.Conv2D(32, 3, strides=2, padding="same", activation="relu", name="conv2"),
+            layers.Flatten(),
+            layers.Dense(10, name="top"),
+        ]
+    )
+    print(attach_regularizers(model, options.factor, alpha=2.0, reduction="mean", exclude="top"))
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.Adam()
+
+    @tf.function
+    def step(images, labels):
+        with tf.GradientTape() as tape:
+            loss = loss_of(labels, model(images, training=True))
+            penalty = tf.add_n(model.losses)
+            total = loss + penalty
+        optimizer.apply(tape.gradient(total, model.trainable_variables), model.trainable_variables)
+        return loss, penalty
+
+    before = model_spectrum(model, alpha=2.0)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=1).batch(64)
+    for epoch in range(options.epochs):
+        losses = np.mean([step(images, labels) for images, labels in batches], axis=0)
+        print(f"epoch {epoch + 1}: loss {losses[0]:.4f}, penalty {losses[1]:.4f}")
+    for first, last in zip(before, model_spectrum(model, alpha=2.0, start=before), strict=True):
+        print(f"{last.name}: σmax {first.extremes.sigma_max:.2f} → {last.extremes.sigma_max:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Algorithm 3.1 on whole models, from Python and from the shell, and the initializer."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+
+from tf_frobreg import (
+    FrobeniusInitializer,
+    extreme_singular_values,
+    model_spectrum,
+    regularize_kernel,
+    regularize_model,
+    singular_values,
+)
+from tf_frobreg.cli import main
+
+LAYERS = keras.layers
+
+
+def small_model(dtype=None):
+    keras.utils.set_random_seed(1)
+    return keras.Sequential(
+        [
+            keras.Input((9, 8, 2)),
+            LAYERS.Conv2D(4, 3, padding="same", name="conv", dtype=dtype),
+            LAYERS.Conv2D(8, 3, strides=2, name="strided"),
+            LAYERS.Flatten(),
+            LAYERS.Dense(4, name="top"),
+        ]
+    )
+
+
+def test_every_kernel_is_regularized_in_place():
+    model = small_model()
+    kernel = np.asarray(model.get_layer("strided").kernel)
+    expected = regularize_kernel(kernel, (9, 8), strides=2, padding="valid", alpha=2.0, max_steps=200)
+    descent = regularize_model(model, alpha=2.0)
+    assert descent.converged
+    assert list(descent.results) == ["conv", "strided", "top"]
+    np.testing.assert_allclose(model.get_layer("strided").kernel, expected.kernel, rtol=1e-6)
+    for row in model_spectrum(model):
+        assert abs(row.extremes.sigma_max - 2**0.5) <= 0.0101
+        assert abs(row.extremes.sigma_min - 2**0.5) <= 0.0101
+    assert "conv     R " in str(descent)
+
+
+def test_selection_padding_and_callback():
+    model = small_model()
+    before = np.asarray(model.get_layer("top").kernel).copy()
+    seen = []
+    descent = regularize_model(
+        model,
+        exclude="top",
+        padding="circular",
+        max_steps=5,
+        callback=lambda name, step, kernel, penalty: seen.append((name, step)) or step == 2,
+    )
+    assert seen == [("conv", 0), ("conv", 1), ("conv", 2)]
+    assert descent.left_out == {"top": "excluded", "strided": "the callback stopped before it"}
+    assert not descent.converged
+    assert np.array_equal(model.get_layer("top").kernel, before)
+
+
+def test_half_precision_and_lora():
+    model = small_model(dtype="float16")
+    model.get_layer("top").enable_lora(2)
+    descent = regularize_model(model, max_steps=20, tolerance=0.0)
+    assert descent.left_out == {"top": "LoRA is enabled: its kernel is frozen"}
+    assert descent.results["conv"].penalty < descent.results["conv"].history["penalty"][0]
+    assert model.get_layer("conv").kernel.dtype == "float16"
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="alpha must be"):
+        regularize_model(small_model(), alpha=0)
+    with pytest.raises(ValueError, match="include must match a layer"):
+        regularize_model(small_model(), include="x")
+
+
+@pytest.mark.parametrize("ending", [".keras", ".h5"])
+def test_from_the_shell(ending, tmp_path, capfd):
+    model = small_model()
+    model.compile("adam", "mse")
+    model.train_on_batch(np.ones((2, 9, 8, 2)), np.ones((2, 4)))
+    source, target = tmp_path / f"model{ending}", tmp_path / f"new{ending}"
+    model.save(source)
+    before = source.read_bytes()
+    outputs = ["--output", target, "--history", tmp_path / "history.csv", "--plot", tmp_path / "plot.png"]
+    assert main(["regularize", *map(str, [source, *outputs])]) == 0
+    assert "conv     R " in capfd.readouterr().out
+    assert source.read_bytes() == before
+    new = keras.saving.load_model(target)
+    if ending == ".keras":  # Keras does not read the loss in its own old format again
+        assert int(new.optimizer.iterations) == 1
+    for row in model_spectrum(new):
+        assert abs(row.extremes.sigma_max - 1) <= 0.0101
+    with open(tmp_path / "history.csv", newline="", encoding="utf-8") as file:
+        assert {row["kernel"] for row in csv.DictReader(file)} == {"conv", "strided", "top"}
+    assert main(["regularize", *map(str, [source, *outputs])]) == 2  # nothing is overwritten
+    assert "exists; --force" in capfd.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "new.npy"], "--output must end in .keras, as the model does"),
+        (
+            ["--output", "new.keras", "--strides", "2"],
+            "--strides cannot be given: a model's layers tell",
+        ),
+        (["--output", "new.keras", "--alpha", "0"], "alpha must be a finite number above 0"),
+        (["--output", "new.keras", "--input-size", "9"], "input_size goes with a model that leaves the size"),
+        (["--output", "model.keras", "--force"], "none of them the input"),
+    ],
+)
+def test_bad_options(options, message, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_model().save("model.keras")
+    assert main(["regularize", "model.keras", *options]) == 2
+    printed = capfd.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
+
+
+def test_a_model_whose_loss_is_not_known_is_taken_without(tmp_path, capfd):
+    def own_loss(y, x):
+        return keras.ops.mean(x - y)
+
+    model = small_model()
+    model.compile("adam", own_loss)
+    model.save(tmp_path / "model.keras")
+    arguments = [tmp_path / "model.keras", "--output", tmp_path / "new.keras", "--max-steps", 3]
+    assert main(["regularize", *map(str, arguments)]) == 1
+    assert "Without its optimizer and losses" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "geometry"),
+    [
+        (lambda k: LAYERS.Conv2D(8, 3, padding="same", kernel_initializer=k), (12, 12, 8), {}),
+        (lambda k: LAYERS.Conv2D(4, 3, kernel_initializer=k), (12, 10, 4), {"padding": "valid"}),
+        (
+            lambda k: LAYERS.Conv2D(8, 3, strides=2, padding="same", kernel_initializer=k),
+            (12, 12, 4),
+            {"strides": 2},
+        ),
+        (
+            lambda k: LAYERS.Conv2D(8, 3, groups=2, padding="same", kernel_initializer=k),
+            (8, 8, 4),
+            {"groups": 2},
+        ),
+        (
+            lambda k: LAYERS.DepthwiseConv2D(3, padding="same", depthwise_initializer=k),
+            (8, 8, 4),
+            {"kind": "depthwise"},
+        ),
+        (
+            lambda k: LAYERS.Conv2DTranspose(4, 3, padding="same", kernel_initializer=k),
+            (8, 8, 6),
+            {"kind": "transpose"},
+        ),
+        (lambda k: LAYERS.Conv1D(6, 4, padding="same", kernel_initializer=k), (20, 6), {}),
+        (lambda k: LAYERS.Dense(5, kernel_initializer=k), (7,), {}),
+    ],
+)
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_initializer(layer, shape, geometry, alpha):
+    initializer = FrobeniusInitializer(shape[:-1], alpha, seed=3, **geometry)
+    built = layer(initializer)
+    built.build((None, *shape))
+    kernel = np.asarray(built.kernel)
+    sigma = singular_values(kernel, shape[:-1], **geometry)
+    assert np.abs(sigma - alpha**0.5).max() <= 0.0501
+    if kernel.ndim > 2:
+        outside = kernel.copy()
+        outside[tuple((k - 1) // 2 for k in kernel.shape[:-2])] = 0
+        assert 0.005 < np.sum(outside**2) / np.sum(kernel**2) < 0.95  # not the centre tap alone
+    again = FrobeniusInitializer.from_config(initializer.get_config())
+    np.testing.assert_allclose(again(kernel.shape), kernel, atol=1e-5)
+
+
+def test_initializer_draws_a_seed_that_keras_controls():
+    kernels = []
+    for _ in range(2):
+        keras.utils.set_random_seed(7)
+        kernels.append(np.asarray(FrobeniusInitializer(8)((3, 3, 2, 2))))
+    np.testing.assert_allclose(*kernels, atol=1e-5)
+    assert np.abs(kernels[0] - FrobeniusInitializer(8)((3, 3, 2, 2))).max() > 0.1
+
+
+def test_initializer_of_a_large_square_kernel_avoids_local_minima():
+    kernel = np.asarray(FrobeniusInitializer(32, seed=1)((3, 3, 64, 64)))
+    found = extreme_singular_values(kernel, 32)
+    assert max(found.sigma_max - 1, 1 - found.sigma_min) <= 0.051
+
+
+def test_initializer_without_noise_is_delta_orthogonal():
+    kernel = np.asarray(FrobeniusInitializer(8, noise=0.0, seed=1)((3, 3, 4, 4), dtype="float64"))
+    assert kernel.dtype == np.float64
+    assert np.count_nonzero(kernel) == 16
+    np.testing.assert_allclose(kernel[1, 1] @ kernel[1, 1].T, np.eye(4), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 0}, "alpha must be"),
+        ({"noise": -1}, "noise must be"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"padding": "full"}, "padding must be one of"),
+    ],
+)
+def test_bad_arguments_of_the_initializer(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FrobeniusInitializer(8, **arguments)
