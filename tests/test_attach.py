@@ -297,14 +297,15 @@ def test_unbuilt_models_are_refused():
 def test_real_architectures(name, tmp_path):
     """Attached, trained for a step, saved, loaded; every convolution and Dense layer is counted."""
     keras.utils.set_random_seed(1)
-    model = getattr(keras.applications, name)(weights=None, input_shape=(64, 64, 3), classes=4)
+    model = getattr(keras.applications, name)(weights=None, classes=4)  # at its usual 224×224
     report = attach_regularizers(model, reduction="mean")
     kinds = (LAYERS.Conv2D, LAYERS.DepthwiseConv2D, LAYERS.Dense)
     expected = sum(isinstance(layer, kinds) for layer in model.layers)
     assert (len(report.attached), report.left_out) == (expected, {})
+    assert len(str(report).splitlines()) == expected
     assert len(model.losses) == expected > 50
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
-    x, y = np.random.RandomState(0).rand(2, 64, 64, 3).astype("float32"), np.array([0, 1])
+    x, y = np.random.RandomState(0).rand(1, 224, 224, 3).astype("float32"), np.array([0])
     assert np.isfinite(model.train_on_batch(x, y))
     losses = np.array([float(loss) for loss in model.losses])
     model.save(tmp_path / "model.keras")

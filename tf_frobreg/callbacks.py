@@ -35,8 +35,8 @@ class SingularValueMonitor(keras.callbacks.Callback):
         alpha: α of R_α.
         accuracy: As for `extreme_singular_values`.
         sigma_min: Whether σmin is wanted; without it a measurement takes a fraction of the time.
-        max_seconds: Time that one measurement may take, about: kernels that it does not suffice for are NaN,
-            and come first in the next one. None sets no bound.
+        max_seconds: Time after which a measurement begins with no other kernel: those that are left are NaN,
+            and come first in the next one.
         max_iterations: As for `extreme_singular_values`.
         gradient_data: (x, y), a batch: the norm of the loss's gradient in each kernel on it is recorded at
             each measurement too, for `plot_gradients`. The model must be compiled with a loss.
@@ -72,7 +72,7 @@ class SingularValueMonitor(keras.callbacks.Callback):
         alpha: float = 1.0,
         accuracy: float = 1e-4,
         sigma_min: bool = True,
-        max_seconds: float | None = None,
+        max_seconds: float = 60.0,
         max_iterations: int = 1000,
         gradient_data=None,
         input_size=None,
@@ -89,7 +89,7 @@ class SingularValueMonitor(keras.callbacks.Callback):
             "max_iterations": check_integer("max_iterations", max_iterations),
             "low": sigma_min,
         }
-        self._max_seconds = math.inf if max_seconds is None else check_number("max_seconds", max_seconds)
+        self._max_seconds = check_number("max_seconds", max_seconds)
         self._gradient_data = gradient_data
         self._rows, self._measured = [], {}
         self._batches = self._epoch = 0
