@@ -6,6 +6,7 @@ import tensorflow as tf
 from geometries import CIRCULAR_CASES, KERAS_CASES, Case, label
 
 import tf_frobreg.extremes
+import tf_frobreg.search
 from tf_frobreg import (
     condition_number,
     extreme_singular_values,
@@ -35,11 +36,11 @@ def normal(*shape, seed=1):
 @pytest.fixture(params=["sparse", "convolutions"])
 def searched(request, monkeypatch):
     """Small layers go through the search that large ones need."""
-    monkeypatch.setattr(tf_frobreg.extremes, "DENSE_ROWS", 5)
-    monkeypatch.setattr(tf_frobreg.extremes, "FREQUENCY_WORK", 0)
-    monkeypatch.setattr(tf_frobreg.extremes, "RESCUE_ROWS", 0)
+    monkeypatch.setattr(tf_frobreg.search, "DENSE_ROWS", 5)
+    monkeypatch.setattr(tf_frobreg.search, "FREQUENCY_WORK", 0)
+    monkeypatch.setattr(tf_frobreg.search, "RESCUE_ROWS", 0)
     if request.param == "convolutions":
-        monkeypatch.setattr(tf_frobreg.extremes, "SPARSE_ENTRIES", 0)
+        monkeypatch.setattr(tf_frobreg.search, "SPARSE_ENTRIES", 0)
     return request.param
 
 
@@ -71,7 +72,7 @@ def check_bounds(found, sigma, accuracy=1e-4):
 def test_extremes_are_the_ends_of_the_spectrum(case, accuracy, searched):
     kernel = case.kernel()
     sigma = singular_values(kernel, case.image, **case.geometry)
-    if sigma.size <= tf_frobreg.extremes.DENSE_ROWS:
+    if sigma.size <= tf_frobreg.search.DENSE_ROWS:
         return  # too small to be searched
     found = extreme_singular_values(kernel, case.image, accuracy=accuracy, **case.geometry)
     assert found.vectors is not None
@@ -83,7 +84,7 @@ def test_small_layers_are_exact(case):
     kernel = case.kernel()
     sigma = singular_values(kernel, case.image, accuracy=1e-14, **case.geometry)
     found = extreme_singular_values(kernel, case.image, **case.geometry)
-    if sigma.size <= tf_frobreg.extremes.DENSE_ROWS:
+    if sigma.size <= tf_frobreg.search.DENSE_ROWS:
         assert found[:2] == pytest.approx((sigma[0], sigma[-1]), rel=1e-6, abs=1e-8 * sigma[0])
         assert found.sigma_max_error <= 1.01e-8 * sigma[0]
         assert found.vectors is None
@@ -108,7 +109,7 @@ def test_a_large_layer_whose_spectrum_is_known():
     kernel = normal(3, 3, 64, 64) / 24
     sigma = singular_values(kernel, 32, padding="circular")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf_frobreg.extremes, "FREQUENCY_WORK", 0)
+        patch.setattr(tf_frobreg.search, "FREQUENCY_WORK", 0)
         check_bounds(extreme_singular_values(kernel, 32, padding="circular"), sigma)
         assert spectral_norm(kernel, 32, padding="circular") == pytest.approx(sigma[0], rel=1e-4)
     found = extreme_singular_values(kernel, 32, padding="circular")
@@ -169,8 +170,8 @@ def test_a_warm_start_takes_few_products(searched, monkeypatch):
     kernel = normal(3, 3, 8, 8)
     cold = extreme_singular_values(kernel, 12)
     count = []
-    original = tf_frobreg.extremes._rayleigh
-    products = tf_frobreg.extremes.Extremes._products
+    original = tf_frobreg.search._rayleigh
+    products = tf_frobreg.search.Extremes._products
 
     def counted(self, kernel):
         def count_one(product):
@@ -178,8 +179,8 @@ def test_a_warm_start_takes_few_products(searched, monkeypatch):
 
         return [(count_one(product), dtype) for product, dtype in products(self, kernel)]
 
-    monkeypatch.setattr(tf_frobreg.extremes.Extremes, "_products", counted)
-    assert original is tf_frobreg.extremes._rayleigh
+    monkeypatch.setattr(tf_frobreg.search.Extremes, "_products", counted)
+    assert original is tf_frobreg.search._rayleigh
     near = kernel + 1e-3 * normal(3, 3, 8, 8, seed=2)
     again = extreme_singular_values(near, 12)
     without, count[:] = len(count), []
@@ -226,7 +227,7 @@ def test_ordinary_kernels_are_within_their_bounds(seed):
 
 
 def test_small_layers_that_do_not_converge_are_decomposed(monkeypatch):
-    monkeypatch.setattr(tf_frobreg.extremes, "DENSE_ROWS", 5)
+    monkeypatch.setattr(tf_frobreg.search, "DENSE_ROWS", 5)
     kernel = normal(3, 3, 8, 8)
     found = extreme_singular_values(kernel, 8, max_iterations=2)
     check_bounds(found, singular_values(kernel, 8), accuracy=1e-8)

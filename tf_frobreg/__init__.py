@@ -14,12 +14,7 @@ if not (_run_as_module or _run_as_script):
     from tf_frobreg.attach import AttachReport, attach_regularizers
     from tf_frobreg.callbacks import FactorSchedule, SingularValueMonitor
     from tf_frobreg.descent import DescentResult, StopReason, regularize_kernel
-    from tf_frobreg.extremes import (
-        ExtremeSingularValues,
-        condition_number,
-        extreme_singular_values,
-        spectral_norm,
-    )
+    from tf_frobreg.extremes import condition_number, extreme_singular_values, spectral_norm
     from tf_frobreg.initializers import FrobeniusInitializer
     from tf_frobreg.models import KernelSpectrum, ModelDescent, model_spectrum, regularize_model
     from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_excess, penalty_floor
@@ -32,6 +27,7 @@ if not (_run_as_module or _run_as_script):
         SumRegularizer,
     )
     from tf_frobreg.reshaped import reshaped_penalty
+    from tf_frobreg.search import ExtremeSingularValues
     from tf_frobreg.spectral import spectral_penalty
     from tf_frobreg.spectrum import singular_values
     from tf_frobreg.steps import paper_schedule

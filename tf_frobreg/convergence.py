@@ -7,7 +7,7 @@ import numpy as np
 
 from tf_frobreg.closed_form import closed_form
 from tf_frobreg.convolution import Convolution
-from tf_frobreg.extremes import Extremes
+from tf_frobreg.search import Extremes
 
 __all__ = ["Convergence"]
 

@@ -12,9 +12,10 @@ from tf_frobreg.attach import Selection, select_kernels
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution import Convolution
 from tf_frobreg.descent import DescentResult, regularize_kernel
-from tf_frobreg.extremes import Extremes, ExtremeSingularValues, ratio
+from tf_frobreg.extremes import ratio
 from tf_frobreg.layers import read_kernels
 from tf_frobreg.penalty import evaluate, floor
+from tf_frobreg.search import Extremes, ExtremeSingularValues
 
 __all__ = ["KernelSpectrum", "ModelDescent", "measure", "model_spectrum", "regularize_model"]
 

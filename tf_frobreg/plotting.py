@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from tf_frobreg.checks import check_number
 from tf_frobreg.descent import DescentResult
-from tf_frobreg.extremes import ExtremeSingularValues
 from tf_frobreg.models import KernelSpectrum
+from tf_frobreg.search import ExtremeSingularValues
 
 __all__ = ["plot_convergence", "plot_gradient_norms", "plot_spectrum", "plot_training"]
 
