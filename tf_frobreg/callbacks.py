@@ -252,7 +252,7 @@ class FactorSchedule(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         """Sets the multiplier of a step."""
         if self._unit == "step":
-            self._apply(int(self.model.optimizer.iterations))
+            self._apply(int(self.model.optimizer.iterations.numpy()))
 
     def _apply(self, n):
         scale = check_number(f"schedule({n})", self._schedule(n))

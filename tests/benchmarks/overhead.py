@@ -22,7 +22,6 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
-from spectrum import resnet18
 
 from tf_frobreg import SingularValueMonitor, attach_regularizers
 
@@ -69,6 +68,8 @@ def measure(name, size, rounds):
 
 def monitor_table():
     """The share of an epoch that watching all kernels takes."""
+    from spectrum import resnet18  # the script beside this one
+
     keras.utils.set_random_seed(1)
     model = resnet18()
     random = np.random.RandomState(0)
