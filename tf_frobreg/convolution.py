@@ -306,7 +306,7 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
         return (number,) * rank
     if len(value) != rank:
         raise ValueError(
-            f"{name} must be an int or one int per spatial axis of the kernel, {rank}, without channels. "
+            f"{name} must be an int or {rank} ints, one per spatial axis of the kernel, without channels. "
             f"Received: {name}={reprlib.repr(value)}"
         )
     return tuple(check_integer(name, n) for n in value)
