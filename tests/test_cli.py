@@ -225,7 +225,7 @@ def test_bad_kernel_files(kind, message, tmp_path, capfd):
         (["--input-size", "0"], "input_size must be at least 1. Received: input_size=0"),
         (
             ["--input-size", "8", "8", "8"],
-            "input_size must be an int or one int per spatial axis of the kernel, 2,",
+            "input_size must be an int or 2 ints",
         ),
         (
             ["--input-size", "2", "--padding", "valid"],
