@@ -270,6 +270,7 @@ def test_nothing_is_attached_where_something_is_wrong():
         ({"include": "frist"}, ValueError, "include must match a layer with a kernel .first, .*='frist'"),
         ({"exclude": ["top", "x"]}, ValueError, "exclude must match a layer .*Received: exclude='x'"),
         ({"include": 3}, TypeError, "include must be a name, a layer class, a function of the layer"),
+        ({"overrides": [1]}, TypeError, "overrides must be a dict of dicts by name. Received: overrides=.1."),
         ({"overrides": {"x": {}}}, ValueError, "overrides must match a layer"),
         ({"overrides": {"top": {"size": 3}}}, ValueError, "overrides must map names to dicts of factor"),
         ({"overrides": {"top": {"factor": "big"}}}, TypeError, "factor must be a number"),

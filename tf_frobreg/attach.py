@@ -196,6 +196,10 @@ def _no_match(argument, pattern, candidates):
 def _overridden(values, overrides, kernels):
     """The arguments of each kernel's penalty."""
     candidates = [(kernel.name, kernel.layer) for kernel in kernels]
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise TypeError(
+            f"overrides must be a dict of dicts by name. Received: overrides={reprlib.repr(overrides)}"
+        )
     for pattern, own in (overrides or {}).items():
         if not isinstance(own, Mapping) or not own.keys() <= set(OVERRIDES):
             raise ValueError(
