@@ -227,6 +227,27 @@ def test_lora_and_frozen_layers():
     assert len(model.losses) == 4
 
 
+def test_detaching_after_lora_leaves_nothing_behind():
+    model = small_model()
+    report = attach_regularizers(model, factor=1.0, exclude="first")
+    model.get_layer("top").enable_lora(2)
+    model.get_layer("first").enable_lora(2)
+    report.detach()
+    assert len(model.losses) == 2  # of the first layer's own L2, on its two factors
+    assert model.get_layer("top").kernel_regularizer is None
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_order_of_detaching_does_not_matter(order):
+    model = small_model()
+    before = [float(loss) for loss in model.losses]
+    reports = [attach_regularizers(model), attach_regularizers(model, factor=1.0, existing="replace")]
+    for number in order:
+        reports[number].detach()
+    assert [float(loss) for loss in model.losses] == before
+    assert isinstance(model.get_layer("first").kernel_regularizer, keras.regularizers.L2)
+
+
 def test_saved_loaded_and_cloned_models_have_the_same_losses(tmp_path):
     model = small_model()
     attach_regularizers(model, factor=0.1, alpha=2.0, overrides={"up": {"padding": "circular"}})
@@ -271,6 +292,7 @@ def test_nothing_is_attached_where_something_is_wrong():
         ({"exclude": ["top", "x"]}, ValueError, "exclude must match a layer .*Received: exclude='x'"),
         ({"include": 3}, TypeError, "include must be a name, a layer class, a function of the layer"),
         ({"overrides": [1]}, TypeError, "overrides must be a dict of dicts by name. Received: overrides=.1."),
+        ({"overrides": {0: {}}}, ValueError, "overrides must map names to dicts"),
         ({"overrides": {"x": {}}}, ValueError, "overrides must match a layer"),
         ({"overrides": {"top": {"size": 3}}}, ValueError, "overrides must map names to dicts of factor"),
         ({"overrides": {"top": {"factor": "big"}}}, TypeError, "factor must be a number"),

@@ -199,6 +199,11 @@ def test_initializer_of_a_large_square_kernel_avoids_local_minima():
     assert max(found.sigma_max - 1, 1 - found.sigma_min) <= 0.051
 
 
+def test_initializer_refuses_what_is_no_float():
+    with pytest.raises(TypeError, match="dtype must be one of floats. Received: dtype='int32'"):
+        FrobeniusInitializer(8)((3, 3, 2, 2), dtype="int32")
+
+
 def test_initializer_without_noise_is_delta_orthogonal():
     kernel = np.asarray(FrobeniusInitializer(8, noise=0.0, seed=1)((3, 3, 4, 4), dtype="float64"))
     assert kernel.dtype == np.float64

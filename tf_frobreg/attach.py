@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import reprlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
@@ -16,6 +17,8 @@ keras = tf.keras
 
 EXISTING = ("add", "replace", "keep")
 OVERRIDES = ("factor", "alpha", "reduction", "padding")
+
+_undone = weakref.WeakKeyDictionary()  # regularizers that were detached, and what came in their place
 
 Selection = str | type | Callable | Sequence
 
@@ -37,8 +40,10 @@ class AttachReport:
     def detach(self) -> None:
         """Puts back the regularizers that were there before; what was set since then stays."""
         for kernel, before, now in self._kernels:
-            if getattr(kernel.layer, kernel.attribute).regularizer is now:
-                _set(kernel, before)
+            while before in _undone:  # what was there is detached itself by now
+                before = _undone[before]
+            _undone[now] = before
+            _replace(kernel, now, before)
         _forget_traces(self._model)
 
     def __str__(self) -> str:
@@ -69,8 +74,9 @@ def attach_regularizers(
     Image size, strides, padding, dilation, groups, data format and kind of each layer are read from the
     layer. The penalties are among `model.losses` from then on, before and after `compile`, and are saved,
     loaded and cloned with the model. A model that contains this one and has been trained already has to be
-    compiled again. Layers that are frozen keep their penalty, which counts only while they are trainable, as
-    with every Keras regularizer.
+    compiled again. A layer that is shared between images of different sizes is penalised for the first.
+    Frozen layers keep their penalty, which counts only while they are trainable, as with every Keras
+    regularizer; detach before `enable_lora`, which puts it on the factors too.
 
     Args:
         model: A built Keras model or layer: Sequential, Functional or subclassed, nested ones included.
@@ -129,7 +135,9 @@ def attach_regularizers(
         attached[kernel.name] = penalty
         kernels.append((kernel, before, now))
     for kernel, _, now in kernels:
-        _set(kernel, now)
+        # The layer's attribute is what is saved, the variable's is what is computed.
+        setattr(kernel.layer, kernel.regularizer, now)
+        getattr(kernel.layer, kernel.attribute).regularizer = now
     _forget_traces(model)
     return AttachReport(attached, left_out, model, kernels)
 
@@ -201,7 +209,7 @@ def _overridden(values, overrides, kernels):
             f"overrides must be a dict of dicts by name. Received: overrides={reprlib.repr(overrides)}"
         )
     for pattern, own in (overrides or {}).items():
-        if not isinstance(own, Mapping) or not own.keys() <= set(OVERRIDES):
+        if not isinstance(pattern, str) or not isinstance(own, Mapping) or not own.keys() <= set(OVERRIDES):
             raise ValueError(
                 f"overrides must map names to dicts of {', '.join(OVERRIDES)}. "
                 f"Received: overrides[{pattern!r}]={reprlib.repr(own)}"
@@ -240,10 +248,13 @@ def _reason_to_leave(kernel, before, existing):
     return None
 
 
-def _set(kernel, regularizer):
-    # The layer's attribute is what is saved, the variable's is what is computed.
-    setattr(kernel.layer, kernel.regularizer, regularizer)
-    getattr(kernel.layer, kernel.attribute).regularizer = regularizer
+def _replace(kernel, now, before):
+    """Puts another regularizer where one is, on factors of LoRA too, which take over that of the kernel."""
+    if getattr(kernel.layer, kernel.regularizer) is now:
+        setattr(kernel.layer, kernel.regularizer, before)
+    for weight in kernel.layer.weights:
+        if weight.regularizer is now:
+            weight.regularizer = before
 
 
 def _forget_traces(model):

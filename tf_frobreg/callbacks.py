@@ -91,7 +91,7 @@ class SingularValueMonitor(keras.callbacks.Callback):
         }
         self._max_seconds = check_number("max_seconds", max_seconds)
         self._gradient_data = gradient_data
-        self._kernels, self._rows, self._measured = [], [], {}
+        self._watched, self._rows, self._measured = None, [], {}
         self._batches = self._epoch = 0
         self._started = self._ended = None
 
@@ -122,9 +122,9 @@ class SingularValueMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Measures before the first step."""
-        before, (self._kernels, _) = self._kernels, select_kernels(self.model, *self._selection)
-        if [kernel.name for kernel in before] != [kernel.name for kernel in self._kernels]:
-            self._rows, self._measured = [], {}  # another model
+        self._kernels, _ = select_kernels(self.model, *self._selection)
+        if self._watched is not self.model:
+            self._watched, self._rows, self._measured = self.model, [], {}
         self._started, self._ended = self._started or time.perf_counter(), None
         if not self._rows:
             self._measure(0.0)

@@ -71,6 +71,8 @@ class FrobeniusInitializer(tf.keras.initializers.Initializer):
     def __call__(self, shape, dtype=None):
         """Returns a kernel of that shape."""
         conv = Convolution(tuple(shape), **self.geometry)
+        if not tf.as_dtype(dtype or "float32").is_floating:
+            raise TypeError(f"dtype must be one of floats. Received: dtype={dtype!r}")
         kernel = conv.from_groups(self._start(conv), np).astype("float32" if dtype is None else "float64")
         options = {name: value for name, value in self.geometry.items() if name != "input_size"}
         result = regularize_kernel(

@@ -190,9 +190,9 @@ def regularize_model(
     """Runs Algorithm 3.1 on every kernel of a built model, which is changed in place.
 
     Before training it makes each layer nearly an isometry of its images; after it, it repairs layers whose
-    singular values have drifted, at a price that only the data can tell: it knows nothing of the loss.
-    `FrobeniusInitializer` gives a new layer such a kernel, without the local minima that a normal start of as
-    many filters as channels can end in.
+    singular values have drifted, at a price that only the data can tell: it knows nothing of the loss. Frozen
+    layers are regularized too. `FrobeniusInitializer` gives a new layer such a kernel, without the local
+    minima that a normal start of as many filters as channels can end in.
 
     Args:
         model: As for `attach_regularizers`.
