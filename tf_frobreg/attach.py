@@ -77,6 +77,8 @@ def attach_regularizers(
     compiled again. A layer that is shared between images of different sizes is penalised for the first.
     Frozen layers keep their penalty, which counts only while they are trainable, as with every Keras
     regularizer; detach before `enable_lora`, which puts it on the factors too.
+    Layers that a class of your own makes in its code are made anew when it is loaded, without the penalty:
+    attach it again then.
 
     Args:
         model: A built Keras model or layer: Sequential, Functional or subclassed, nested ones included.
