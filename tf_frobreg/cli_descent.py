@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from tf_frobreg.files import BadInput, output_files, picture_format, read_kernel
-from tf_frobreg.model_files import MODELS, load_model
+from tf_frobreg.model_files import MODELS, load_model, refuse_geometry
 from tf_frobreg.terminal import library, progress_display, show, stop_request
 
 __all__ = ["regularize", "reproduce"]
@@ -99,9 +99,7 @@ def regularize(options) -> int:
 
 def _regularize_model(options) -> int:
     ending = os.path.splitext(options.file)[1]
-    if options.geometry:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in options.geometry)
-        raise BadInput(f"{names} cannot be given: a model's layers tell theirs. Received: {options.file}")
+    refuse_geometry(options)
     if not options.output.endswith(ending):
         raise BadInput(f"--output must end in {ending}, as the model does. Received: {options.output}")
     plot_format = picture_format(options.plot)

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from tf_frobreg.files import BadInput, output_files, picture_format, read_arrays
-from tf_frobreg.model_files import MODELS, load_model, short
+from tf_frobreg.model_files import MODELS, load_model, refuse_geometry, short
 from tf_frobreg.terminal import library, progress_display, show, terminal_width
 
 __all__ = ["spectrum"]
@@ -83,9 +83,8 @@ def _check(options):
         raise BadInput(f"--model goes with a .weights.h5 file. Received: {options.file}")
     if options.model and not options.model.endswith((*MODELS, ".json")):
         raise BadInput(f"--model must end in .keras, .h5 or .json. Received: {options.model}")
-    if not options.file.endswith(ARRAYS) and options.geometry:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in options.geometry)
-        raise BadInput(f"{names} cannot be given: a model's layers tell theirs. Received: {options.file}")
+    if not options.file.endswith(ARRAYS):
+        refuse_geometry(options)
 
 
 def _as_kernels(package, arrays, options):

@@ -8,11 +8,11 @@ import numpy as np
 from tf_frobreg.closed_form import closed_form
 from tf_frobreg.convolution import Convolution
 from tf_frobreg.search import Extremes
+from tf_frobreg.spectrum import SMALL
 
 __all__ = ["Convergence"]
 
 MEASURES = ("rarely", "often")
-DENSE_ROWS = 300  # up to which all singular values take no longer than a search
 
 
 class Convergence:
@@ -74,7 +74,7 @@ def _extremes(conv: Convolution, tolerance: float) -> Callable[[np.ndarray], tup
     """A function that returns (σmax, σmin) of a kernel, or NaN where they cannot be had, without raising."""
     accuracy = min(1e-4, 1e-2 * tolerance) or 1e-6
     try:
-        extremes = Extremes(conv, accuracy, dense_rows=DENSE_ROWS)
+        extremes = Extremes(conv, accuracy, dense_rows=SMALL)  # a look has to be quick
     except ValueError as error:
         if tolerance == 0:
             return lambda kernel: (math.nan, math.nan)

@@ -46,8 +46,8 @@ def extreme_singular_values(
             that small, to accuracy·σmax²/2σmin. A σmin below 1e-7·σmax is noise for any accuracy, but for
             layers whose singular values are all computed.
         start: What this function gave for a similar kernel of the same geometry, such as that of the epoch
-            before: the search begins there and takes some twenty products for each value. A share of a random
-            vector goes in, for a singular value that has become the outermost meanwhile.
+            before: the search begins there and takes twenty products or more for each value. A share of a
+            random vector goes in, for a singular value that has become the outermost meanwhile.
         max_iterations: Products with G at the most, about, for each of the two values and of the ways to it.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
             `tf_frobreg.convolution.Convolution`.

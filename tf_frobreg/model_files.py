@@ -7,9 +7,16 @@ from pathlib import Path
 
 from tf_frobreg.files import BadInput
 
-__all__ = ["MODELS", "load_model", "short"]
+__all__ = ["MODELS", "load_model", "refuse_geometry", "short"]
 
 MODELS = (".keras", ".h5")
+
+
+def refuse_geometry(options) -> None:
+    """Options such as --strides are for kernels: beside a model they would be ignored."""
+    if options.geometry:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options.geometry)
+        raise BadInput(f"{names} cannot be given: a model's layers tell theirs. Received: {options.file}")
 
 
 def load_model(path: str, argument: str, *, compile: bool = False):

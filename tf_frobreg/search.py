@@ -15,12 +15,11 @@ from tf_frobreg.checks import check_integer, check_memory, check_number
 from tf_frobreg.convolution import Convolution
 from tf_frobreg.gram import gram
 from tf_frobreg.linear_map import apply, apply_adjoint, image_shapes
-from tf_frobreg.spectrum import all_singular_values, has_frequencies, largest_entry
+from tf_frobreg.spectrum import SMALL, all_singular_values, has_frequencies, largest_entry
 
 __all__ = ["ExtremeSingularValues", "Extremes"]
 
 DENSE_ROWS = 1500  # of the smaller Gram matrix up to which all singular values are computed: 0.25 s
-EXACT_ROWS = 300  # up to which that takes M itself, and no square of σ: 0.02 s
 RESCUE_ROWS = 2000  # up to which all singular values are computed where the search fails: about 1 s
 FREQUENCY_WORK = 3e8  # of a borderless operator, frequencies·g·h·min(g, h): 0.3 s for all its singular values
 SPARSE_ENTRIES = 1_000_000  # of the Gram matrix up to which it is faster than two convolutions
@@ -139,7 +138,7 @@ class Extremes:
         return start.vectors
 
     def _from_all(self, kernel):
-        accuracy = 1e-14 if self._size <= EXACT_ROWS or has_frequencies(self._conv) else 1e-8
+        accuracy = 1e-14 if self._size <= SMALL or has_frequencies(self._conv) else 1e-8
         sigma = all_singular_values(kernel, self._conv, accuracy) if kernel.any() else np.zeros(1)
         error = float(max(accuracy, self._size * np.finfo(np.float64).eps) * sigma[0])
         low = (sigma[-1], error) if self._low else (math.nan, math.nan)
