@@ -9,7 +9,13 @@ import pytest
 import tensorflow as tf
 from geometries import KERAS_CASES, label
 
-from tf_frobreg import FrobeniusRegularizer, SumRegularizer, attach_regularizers, frobenius_penalty
+from tf_frobreg import (
+    FrobeniusRegularizer,
+    SumRegularizer,
+    attach_regularizers,
+    detach_regularizers,
+    frobenius_penalty,
+)
 from tf_frobreg.attach import select_kernels
 
 LAYERS = keras.layers
@@ -84,6 +90,92 @@ def test_report_and_detach():
     assert model.get_layer("separable").depthwise_regularizer is None
 
 
+def test_remarks_tell_what_became_of_a_regularizer():
+    report = attach_regularizers(small_model(), include="first")
+    assert report.remarks == {"first": "added to L2"}
+    assert str(report).splitlines()[0].endswith("input 10×9, same; added to L2")
+    assert attach_regularizers(small_model(), existing="replace").remarks == {"first": "replaced L2"}
+
+
+def test_an_attribute_that_was_set_without_effect_comes_back():
+    """In Keras 3 a layer's kernel_regularizer has no effect once the layer is built, until it is loaded."""
+    model = small_model()
+    late = keras.regularizers.L1(0.3)
+    model.get_layer("up").kernel_regularizer = late
+    report = attach_regularizers(model, include="up")
+    assert report.remarks == {"up": "kernel_regularizer was L1, without effect"}
+    assert model.get_layer("up").kernel_regularizer is report.attached["up"]
+    report.detach()
+    assert model.get_layer("up").kernel_regularizer is late
+    assert model.get_layer("up").kernel.regularizer is None
+
+
+def test_remarks_tell_the_other_images_of_a_shared_layer():
+    shared = LAYERS.Conv2D(2, 3, padding="same", name="shared")
+    inputs = keras.Input((8, 8, 2))
+    half = shared(LAYERS.MaxPooling2D()(shared(inputs)))
+    report = attach_regularizers(keras.Model(inputs, half))
+    assert report.remarks == {"shared": "applied to 4×4 too, penalised for 8×8"}
+    open_inputs = keras.Input((None, None, 2))
+    half = shared(LAYERS.MaxPooling2D()(shared(open_inputs)))
+    report = attach_regularizers(keras.Model(open_inputs, half), input_size=12, existing="replace")
+    assert "applied to 6×6 too, penalised for 12×12" in report.remarks["shared"]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class MadeInCode(keras.Model):
+    """A subclassed model, whose layers Keras makes anew from this code; one comes in its configuration."""
+
+    def __init__(self, second, **options):
+        super().__init__(**options)
+        self.first = LAYERS.Conv2D(2, 3, padding="same", name="own")
+        self.second = second
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+    def get_config(self):
+        return super().get_config() | {"second": keras.saving.serialize_keras_object(self.second)}
+
+    @classmethod
+    def from_config(cls, config):
+        second = keras.saving.deserialize_keras_object(config.pop("second"))
+        return cls(second, **config)
+
+
+def test_remarks_tell_which_penalties_are_not_saved(tmp_path):
+    model = MadeInCode(LAYERS.Conv2D(2, 3, padding="same", name="in_config"))
+    model(np.zeros((1, 6, 6, 1), np.float32))
+    report = attach_regularizers(model, factor=0.1)
+    lost = "not in the model's configuration: attach again after loading"
+    assert report.remarks == {"own": lost}
+    expected = [float(loss) for loss in model.losses]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(loaded.losses) == 1
+    again = attach_regularizers(loaded, factor=0.1)
+    assert list(again.attached) == ["own"]
+    assert [float(loss) for loss in loaded.losses] == pytest.approx(expected, rel=1e-6)
+
+
+def test_detach_regularizers_from_a_loaded_model(tmp_path):
+    model = small_model()
+    before = [float(loss) for loss in model.losses]
+    attach_regularizers(model, factor=0.1)
+    model.save(tmp_path / "model.keras")
+    loaded = compiled(keras.saving.load_model(tmp_path / "model.keras"))
+    losses_of_a_training(loaded, epochs=1)
+    loaded.set_weights(model.get_weights())
+    assert detach_regularizers(loaded) == ["first", "separable", "up", "top"]
+    assert [float(loss) for loss in loaded.losses] == pytest.approx(before)
+    assert loaded.train_function is None
+    again = keras.models.clone_model(loaded)
+    assert len(again.losses) == 1
+    assert detach_regularizers(loaded) == []
+    with pytest.raises(TypeError, match="model must be a Keras model or layer. Received: model=3"):
+        detach_regularizers(3)
+
+
 def test_detach_leaves_what_was_set_since():
     model = small_model()
     report = attach_regularizers(model)
@@ -132,12 +224,19 @@ def test_a_penalty_is_not_attached_twice():
         ({"include": [LAYERS.Dense, "up"]}, ["up", "top"]),
         ({"include": lambda layer: layer.name.startswith("u")}, ["up"]),
         ({"exclude": [LAYERS.SeparableConv2D, "top"]}, ["first", "up"]),
-        ({"include": LAYERS.LSTM}, []),
+        ({"exclude": "flatten*"}, ["first", "separable/depthwise", "separable/pointwise", "up", "top"]),
+        ({"include": []}, []),
     ],
     ids=str,
 )
 def test_include_and_exclude(arguments, names):
     assert list(attach_regularizers(small_model(), **arguments).attached) == names
+
+
+def test_include_and_exclude_take_layers():
+    model = small_model()
+    up, top = model.get_layer("up"), model.get_layer("top")
+    assert list(attach_regularizers(model, include=[up, top], exclude=top).attached) == ["up"]
 
 
 def test_overrides():
@@ -290,12 +389,18 @@ def test_nothing_is_attached_where_something_is_wrong():
         ({"existing": "drop"}, ValueError, "existing must be one of .* Received: existing='drop'"),
         ({"include": "frist"}, ValueError, "include must match a layer with a kernel .first, .*='frist'"),
         ({"exclude": ["top", "x"]}, ValueError, "exclude must match a layer .*Received: exclude='x'"),
-        ({"include": 3}, TypeError, "include must be a name, a layer class, a function of the layer"),
+        ({"include": LAYERS.LSTM}, ValueError, "include must match a layer .*LSTM"),
+        ({"include": LAYERS.Dense(3)}, ValueError, "include must match a layer .*Dense"),
+        ({"include": 3}, TypeError, "include must be a name, a layer, a layer class, a function"),
         ({"overrides": [1]}, TypeError, "overrides must be a dict of dicts by name. Received: overrides=.1."),
         ({"overrides": {0: {}}}, ValueError, "overrides must map names to dicts"),
         ({"overrides": {"x": {}}}, ValueError, "overrides must match a layer"),
         ({"overrides": {"top": {"size": 3}}}, ValueError, "overrides must map names to dicts of factor"),
-        ({"overrides": {"top": {"factor": "big"}}}, TypeError, "factor must be a number"),
+        (
+            {"overrides": {"top": {"factor": "big"}}},
+            TypeError,
+            "factor must be a number .*'big', for layer 'top'",
+        ),
         ({"input_size": 8}, ValueError, "input_size goes with a model that leaves the size"),
     ],
     ids=str,

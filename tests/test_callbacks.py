@@ -41,10 +41,10 @@ def small_model(factor=0.01, **options):
     return model
 
 
-def fit(model, *callbacks, epochs=3, batch_size=8):
+def fit(model, *callbacks, batch_size=8, epochs=3, initial_epoch=0):
     random = np.random.RandomState(0)
     x, y = random.rand(32, 8, 8, 2).astype("float32"), random.rand(32, 1).astype("float32")
-    options = {"batch_size": batch_size, "shuffle": False, "verbose": 0}
+    options = {"batch_size": batch_size, "shuffle": False, "verbose": 0, "initial_epoch": initial_epoch}
     return model.fit(x, y, epochs=epochs, callbacks=list(callbacks), **options).history
 
 
@@ -81,11 +81,27 @@ def test_batches_can_be_counted():
     assert history["conv/sigma_max"][-1] == monitor.history["conv/sigma_max"][-1]
 
 
+def test_batches_are_counted_where_several_are_executed_together():
+    monitor = SingularValueMonitor(3, unit="batch", include="conv")
+    fit(small_model(steps_per_execution=2), monitor, epochs=3)
+    assert monitor.history["epoch"].tolist() == [0, 1, 1.5, 2.5, 3]
+    monitor = SingularValueMonitor(3, unit="batch", include="conv")
+    fit(small_model(steps_per_execution=3), monitor, epochs=2)  # of 3 and 1 batches
+    assert monitor.history["epoch"].tolist() == [0, 0.75, 1.75]
+
+
 def test_the_monitor_goes_on_in_another_fit():
     model, monitor = small_model(), SingularValueMonitor()
     fit(model, monitor, epochs=1)
-    fit(model, monitor, epochs=1)
-    assert len(monitor.history["epoch"]) == 3
+    fit(model, monitor, epochs=1)  # counts from 0 again
+    fit(model, monitor, epochs=3, initial_epoch=2)
+    assert monitor.history["epoch"].tolist() == [0, 1, 2, 3]
+
+
+def test_the_monitor_begins_where_training_does():
+    monitor = SingularValueMonitor()
+    fit(small_model(), monitor, epochs=3, initial_epoch=1)
+    assert monitor.history["epoch"].tolist() == [1, 2, 3]
 
 
 def test_the_monitor_begins_anew_with_another_model():
@@ -147,6 +163,13 @@ def test_the_monitor_does_not_change_the_training():
         ({"unit": "year"}, ValueError, "unit must be one of"),
         ({"alpha": 0}, ValueError, "alpha must be"),
         ({"accuracy": 0}, ValueError, "accuracy must be"),
+        ({"accuracy": 1}, ValueError, "accuracy must be below 1"),
+        ({"sigma_min": "no"}, TypeError, "sigma_min must be True or False. Received: sigma_min='no'"),
+        ({"include": 5}, TypeError, "include must be a name"),
+        ({"gradient_data": 5}, TypeError, "gradient_data must be .x, y., a batch of arrays. Received"),
+        ({"gradient_data": (np.ones(3), None)}, TypeError, "gradient_data must be"),
+        ({"gradient_data": (np.ones((3, 2)), np.ones(2))}, ValueError, "Received: 2 and 3 of them"),
+        ({"gradient_data": (1, 2)}, ValueError, "gradient_data must be .*Received: numbers of them"),
         ({"max_seconds": -1}, ValueError, "max_seconds must be"),
     ],
 )

@@ -72,7 +72,34 @@ def test_half_precision_and_lora():
     assert model.get_layer("conv").kernel.dtype == "float16"
 
 
+def test_no_kernel_changes_where_one_is_not_finite(tmp_path, capfd):
+    model = small_model()
+    top = model.get_layer("top").kernel
+    top.assign(np.full(top.shape, np.nan))
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="the kernel of layer 'top' must be finite. Received: NaN"):
+        regularize_model(model)
+    np.testing.assert_equal(model.get_weights(), before)
+    model.save(tmp_path / "model.keras")
+    arguments = ["regularize", tmp_path / "model.keras", "--output", tmp_path / "new.keras"]
+    assert main([str(argument) for argument in arguments]) == 2
+    assert "the kernel of layer 'top' must be finite" in capfd.readouterr().err
+    assert regularize_model(model, exclude="top", max_steps=1).left_out == {"top": "excluded"}
+
+
+def test_no_kernel_changes_where_a_border_does_not_suit():
+    model = small_model()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="padding must be .*, for layer 'conv'"):
+        regularize_model(model, padding="full")
+    np.testing.assert_equal(model.get_weights(), before)
+
+
 def test_bad_arguments():
+    with pytest.raises(TypeError, match="callback must be a function. Received: callback=3"):
+        regularize_model(small_model(), callback=3)
+    with pytest.raises(TypeError, match="unknown argument 'strides': options are learning_rate"):
+        regularize_model(small_model(), strides=2)
     with pytest.raises(ValueError, match="alpha must be"):
         regularize_model(small_model(), alpha=0)
     with pytest.raises(ValueError, match="include must match a layer"):

@@ -11,7 +11,7 @@ _run_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __n
 _run_as_script = os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") == "tf-frobreg"
 
 if not (_run_as_module or _run_as_script):
-    from tf_frobreg.attach import AttachReport, attach_regularizers
+    from tf_frobreg.attach import AttachReport, attach_regularizers, detach_regularizers
     from tf_frobreg.callbacks import FactorSchedule, SingularValueMonitor
     from tf_frobreg.descent import DescentResult, StopReason, regularize_kernel
     from tf_frobreg.extremes import condition_number, extreme_singular_values, spectral_norm
@@ -51,6 +51,7 @@ __all__ = [
     "attach_regularizers",
     "clip_singular_values",
     "condition_number",
+    "detach_regularizers",
     "extreme_singular_values",
     "frobenius_gradient",
     "frobenius_penalty",

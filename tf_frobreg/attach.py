@@ -1,17 +1,27 @@
 """Puts the penalty on every layer of a model, and takes it off again."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import reprlib
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from tf_frobreg.layers import LayerKernel, read_kernels
+from tf_frobreg.layers import LayerKernel, check_model, flat_layers, own_weights, read_kernels
 from tf_frobreg.regularizers import FrobeniusRegularizer, SumRegularizer
 
-__all__ = ["AttachReport", "Selection", "attach_regularizers", "select_kernels"]
+__all__ = [
+    "AttachReport",
+    "Selection",
+    "attach_regularizers",
+    "check_selection",
+    "detach_regularizers",
+    "select_kernels",
+]
 
 keras = tf.keras
 
@@ -30,30 +40,45 @@ class AttachReport:
     Attributes:
         attached: The new penalty of each kernel, by its name: a `FrobeniusRegularizer`.
         left_out: Why other kernels and layers have none, by their names.
+        remarks: What else there is to know, by the kernel's name: which regularizer the penalty was added to
+            or replaced, other image sizes of a shared layer, and whether a saved model would lack it.
     """
 
     attached: dict[str, FrobeniusRegularizer]
     left_out: dict[str, str]
+    remarks: dict[str, str]
     _model: keras.layers.Layer = dataclasses.field(repr=False)
-    _kernels: list[tuple] = dataclasses.field(repr=False)  # (LayerKernel, regularizer before, now)
+    _changes: list["_Change"] = dataclasses.field(repr=False)
 
     def detach(self) -> None:
         """Puts back the regularizers that were there before; what was set since then stays."""
-        for kernel, before, now in self._kernels:
-            while before in _undone:  # what was there is detached itself by now
-                before = _undone[before]
-            _undone[now] = before
-            _replace(kernel, now, before)
+        for change in self._changes:
+            _undone[change.now] = change.before
+            layer, attribute = change.kernel.layer, change.kernel.regularizer
+            if getattr(layer, attribute) is change.now:
+                setattr(layer, attribute, _standing(change.before_in_layer))
+            for weight in layer.weights:  # factors of LoRA too, which take over that of the kernel
+                if weight.regularizer is change.now:
+                    weight.regularizer = _standing(change.before)
         _forget_traces(self._model)
 
     def __str__(self) -> str:
         width = max((len(name) for name in (*self.attached, *self.left_out)), default=0)
         lines = [
             f"{name:{width}}  factor {penalty.factor:g}, α = {penalty.alpha:g}, input {_size(penalty)}, "
-            f"{penalty.geometry['padding']}"
+            f"{penalty.geometry['padding']}" + (f"; {self.remarks[name]}" if name in self.remarks else "")
             for name, penalty in self.attached.items()
         ]
         return "\n".join(lines + [f"{name:{width}}  - {reason}" for name, reason in self.left_out.items()])
+
+
+class _Change(NamedTuple):
+    """One kernel's regularizers: the variable's is what is computed, the layer's attribute what is saved."""
+
+    kernel: LayerKernel
+    before: Callable | None
+    before_in_layer: Callable | None
+    now: Callable
 
 
 def attach_regularizers(
@@ -74,11 +99,12 @@ def attach_regularizers(
     Image size, strides, padding, dilation, groups, data format and kind of each layer are read from the
     layer. The penalties are among `model.losses` from then on, before and after `compile`, and are saved,
     loaded and cloned with the model. A model that contains this one and has been trained already has to be
-    compiled again. A layer that is shared between images of different sizes is penalised for the first.
-    Frozen layers keep their penalty, which counts only while they are trainable, as with every Keras
-    regularizer; detach before `enable_lora`, which puts it on the factors too.
-    Layers that a class of your own makes in its code are made anew when it is loaded, without the penalty:
-    attach it again then.
+    compiled again. A layer that is shared between images of different sizes is penalised for the first; the
+    report remarks it. Functions that Keras has traced hold `factor` and `alpha` as they were: a weight that
+    changes during training takes a `FactorSchedule`. Frozen layers keep their penalty, which counts only
+    while they are trainable, as with every Keras regularizer; detach before `enable_lora`, which puts it on
+    the factors too. Where a class of your own makes layers in its code, Keras makes them anew when it loads
+    the model, without the penalty: the report remarks which, and attaching again restores it.
 
     Args:
         model: A built Keras model or layer: Sequential, Functional or subclassed, nested ones included.
@@ -87,8 +113,8 @@ def attach_regularizers(
         reduction: "sum", or "mean" for R_α by column, so that one factor suits layers of any size.
         padding: None for each layer's own; "circular" to penalise the border-free operators, whose
             minimisers use all taps.
-        include: Which kernels: a name, which may hold wildcards (`"block*"`), a layer class, a function of
-            the layer, or several of those in a list. All by default.
+        include: Which kernels: a name, which may hold wildcards (`"block*"`), a layer, a layer class, a
+            function of the layer, or several of those in a list. All by default.
         exclude: Which of them not, likewise.
         overrides: By name, which may hold wildcards, a dict of other values of `factor`, `alpha`, `reduction`
             or `padding`; later ones win.
@@ -98,11 +124,11 @@ def attach_regularizers(
         input_size: The size of the input images, an int or one int per axis, where the model leaves it open.
 
     Returns:
-        An `AttachReport`: what was attached, what was left out and why, and `.detach()`.
+        An `AttachReport`: what was attached, what was left out and why, remarks, and `.detach()`.
 
     Raises:
         ValueError, TypeError: Where an argument is invalid, a selected layer's image size is unknown, or a
-            name matches nothing. Nothing has been attached then.
+            name or class matches nothing. Nothing has been attached then.
 
     Example:
         >>> model = tf.keras.Sequential([
@@ -125,7 +151,7 @@ def attach_regularizers(
     chosen, left_out = select_kernels(model, include, exclude, input_size)
     values = {"factor": factor, "alpha": alpha, "reduction": reduction, "padding": padding}
     by_kernel = _overridden(values, overrides, chosen)
-    attached, kernels = {}, []
+    attached, changes = {}, []
     for kernel, own in zip(chosen, by_kernel, strict=True):
         # With LoRA a layer's kernel is no variable.
         before = getattr(getattr(kernel.layer, kernel.attribute), "regularizer", None)
@@ -135,24 +161,72 @@ def attach_regularizers(
             continue
         now = penalty if before is None or existing == "replace" else SumRegularizer([before, penalty])
         attached[kernel.name] = penalty
-        kernels.append((kernel, before, now))
-    for kernel, _, now in kernels:
-        # The layer's attribute is what is saved, the variable's is what is computed.
+        changes.append(_Change(kernel, before, getattr(kernel.layer, kernel.regularizer), now))
+    for kernel, _, _, now in changes:
         setattr(kernel.layer, kernel.regularizer, now)
         getattr(kernel.layer, kernel.attribute).regularizer = now
     _forget_traces(model)
-    return AttachReport(attached, left_out, model, kernels)
+    return AttachReport(attached, left_out, _remarks(model, changes, existing), model, changes)
+
+
+def detach_regularizers(model) -> list[str]:
+    """Takes every `FrobeniusRegularizer` off a model, also those from a file or a layer's arguments.
+
+    Other regularizers stay. `AttachReport.detach` undoes one `attach_regularizers` only.
+
+    Args:
+        model: A Keras model or layer.
+
+    Returns:
+        The names of the layers that had one.
+
+    Raises:
+        TypeError: Where `model` is no Keras model or layer.
+
+    Example:
+        >>> model = tf.keras.Sequential([tf.keras.Input((8,)), tf.keras.layers.Dense(4, name="top")])
+        >>> _ = attach_regularizers(model)
+        >>> detach_regularizers(model), model.losses
+        (['top'], [])
+    """
+    check_model(model)
+    names = []
+    for layer in flat_layers(model):
+        found = False
+        for name, value in list(vars(layer).items()):
+            if _has_penalty(value):
+                setattr(layer, name, _without_penalty(value))
+                found = True
+        for weight in own_weights(layer):
+            if _has_penalty(weight.regularizer):
+                weight.regularizer = _without_penalty(weight.regularizer)
+                found = True
+        names += [layer.name] * found
+    _forget_traces(model)
+    return names
+
+
+def _has_penalty(regularizer):
+    parts = regularizer.regularizers if isinstance(regularizer, SumRegularizer) else [regularizer]
+    return any(isinstance(part, FrobeniusRegularizer) for part in parts)
+
+
+def _without_penalty(regularizer):
+    parts = regularizer.regularizers if isinstance(regularizer, SumRegularizer) else []
+    rest = [part for part in parts if not isinstance(part, FrobeniusRegularizer)]
+    return SumRegularizer(rest) if len(rest) > 1 else (rest or [None])[0]
 
 
 def select_kernels(model, include, exclude, input_size) -> tuple[list[LayerKernel], dict[str, str]]:
     """(the chosen kernels of a model, why others were not chosen, by name)."""
+    include, exclude = check_selection("include", include), check_selection("exclude", exclude)
     found = read_kernels(model, input_size)
-    include, exclude = _patterns("include", include), _patterns("exclude", exclude)
     candidates = [(kernel.name, kernel.layer) for kernel in found.kernels]
     candidates += [(name, layer) for name, layer, *_ in found.untreated]
-    for argument, patterns in (("include", include), ("exclude", exclude)):
+    every = candidates + [(layer.name, layer) for layer in flat_layers(model)]
+    for argument, patterns, among in (("include", include, candidates), ("exclude", exclude, every)):
         for pattern in patterns or ():
-            if isinstance(pattern, str) and not any(_matches(pattern, *c) for c in candidates):
+            if not _is_function(pattern) and not any(_matches(pattern, *c) for c in among):
                 raise ValueError(_no_match(argument, pattern, candidates))
     left_out = {}
 
@@ -175,7 +249,8 @@ def select_kernels(model, include, exclude, input_size) -> tuple[list[LayerKerne
     return kernels, left_out
 
 
-def _patterns(argument, selection):
+def check_selection(argument: str, selection: Selection | None) -> list | None:
+    """The selection as a list, or an error that names the argument."""
     if selection is None:
         return None
     single = isinstance(selection, (str, type)) or callable(selection)
@@ -184,8 +259,8 @@ def _patterns(argument, selection):
         isinstance(pattern, str) or callable(pattern) for pattern in patterns
     ):
         raise TypeError(
-            f"{argument} must be a name, a layer class, a function of the layer, or a list of those. "
-            f"Received: {argument}={reprlib.repr(selection)}"
+            f"{argument} must be a name, a layer, a layer class, a function of the layer, or a list of "
+            f"those. Received: {argument}={reprlib.repr(selection)}"
         )
     return list(patterns)
 
@@ -195,7 +270,13 @@ def _matches(pattern, name, layer):
         return any(fnmatch.fnmatchcase(n, pattern) for n in (name, layer.name))
     if isinstance(pattern, type):
         return isinstance(layer, pattern)
+    if isinstance(pattern, keras.layers.Layer):  # which is a function too
+        return layer is pattern
     return bool(pattern(layer))
+
+
+def _is_function(pattern):
+    return not isinstance(pattern, (str, type, keras.layers.Layer))
 
 
 def _no_match(argument, pattern, candidates):
@@ -233,7 +314,10 @@ def _penalty(kernel, values):
     if values["padding"] is not None:
         geometry["padding"] = values["padding"]
     rest = {name: value for name, value in values.items() if name != "padding"}
-    return FrobeniusRegularizer(kernel.conv.input_size, **rest, **geometry)
+    try:
+        return FrobeniusRegularizer(kernel.conv.input_size, **rest, **geometry)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, for layer {kernel.name!r}") from None
 
 
 def _reason_to_leave(kernel, before, existing):
@@ -244,19 +328,56 @@ def _reason_to_leave(kernel, before, existing):
         return f"its kernel is {variable.dtype}"
     if before is not None and existing == "keep":
         return f"it has a {type(before).__name__} already"
-    parts = before.regularizers if isinstance(before, SumRegularizer) else [before]
-    if existing == "add" and any(isinstance(part, FrobeniusRegularizer) for part in parts):
+    if existing == "add" and _has_penalty(before):
         return "it has a FrobeniusRegularizer already"
     return None
 
 
-def _replace(kernel, now, before):
-    """Puts another regularizer where one is, on factors of LoRA too, which take over that of the kernel."""
-    if getattr(kernel.layer, kernel.regularizer) is now:
-        setattr(kernel.layer, kernel.regularizer, before)
-    for weight in kernel.layer.weights:
-        if weight.regularizer is now:
-            weight.regularizer = before
+def _remarks(model, changes, existing):
+    saved = _saved(model, [change.now for change in changes])
+    remarks = {}
+    for change in changes:
+        kernel, before, in_layer, now = change
+        sizes = " and ".join(map(_shape, kernel.other_sizes))
+        told = {
+            f"{'replaced' if existing == 'replace' else 'added to'} {_label(before)}": before is not None,
+            f"{kernel.regularizer} was {_label(in_layer)}, without effect": in_layer is not before,
+            f"applied to {sizes} too, penalised for {_shape(kernel.conv.input_size)}": sizes,
+            "not in the model's configuration: attach again after loading": id(now) not in saved,
+        }
+        if any(told.values()):
+            remarks[kernel.name] = "; ".join(remark for remark, holds in told.items() if holds)
+    return remarks
+
+
+def _saved(model, regularizers):
+    """The ids of those that a saved model holds, found by asking it for its configuration."""
+    seen = set()
+
+    def noting(regularizer):
+        def get_config():
+            seen.add(id(regularizer))
+            return type(regularizer).get_config(regularizer)
+
+        return get_config
+
+    for regularizer in regularizers:
+        regularizer.get_config = noting(regularizer)  # hides the method of the class
+    try:
+        with warnings.catch_warnings(), contextlib.suppress(Exception):  # classes that have none
+            warnings.simplefilter("ignore")
+            model.get_config()
+    finally:
+        for regularizer in regularizers:
+            del regularizer.get_config
+    return seen
+
+
+def _standing(regularizer):
+    """What came in its place where it was detached itself since then."""
+    while regularizer in _undone:
+        regularizer = _undone[regularizer]
+    return regularizer
 
 
 def _forget_traces(model):
@@ -268,4 +389,15 @@ def _forget_traces(model):
 
 def _size(penalty):
     size = penalty.geometry["input_size"]
-    return "×".join(map(str, size if isinstance(size, list) else [size])) or "-"
+    return _shape(size if isinstance(size, list) else [size]) or "-"
+
+
+def _shape(sizes):
+    return "×".join(map(str, sizes))
+
+
+def _label(regularizer):
+    parts = regularizer.regularizers if isinstance(regularizer, SumRegularizer) else [regularizer]
+    return " + ".join(
+        "none" if part is None else getattr(part, "__name__", type(part).__name__) for part in parts
+    )

@@ -1,13 +1,14 @@
 """Keras callbacks: watch the singular values of a training, and change the factor of its penalties."""
 
 import math
+import reprlib
 import time
 
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.attach import Selection, select_kernels
-from tf_frobreg.checks import check_integer, check_number
+from tf_frobreg.attach import Selection, check_selection, select_kernels
+from tf_frobreg.checks import check_accuracy, check_flag, check_integer, check_number
 from tf_frobreg.layers import flat_layers
 from tf_frobreg.models import measure
 from tf_frobreg.plotting import plot_gradient_norms, plot_training
@@ -28,7 +29,8 @@ class SingularValueMonitor(keras.callbacks.Callback):
     an epoch without a measurement they are NaN. Each search starts at the vectors of the one before.
 
     Args:
-        every: Measure after each so many epochs or batches; besides, before the first.
+        every: Measure after each so many epochs or batches; besides, before the first. With Keras'
+            `steps_per_execution`, at the end of the execution in which that many are full.
         unit: What `every` counts, "epoch" or "batch".
         include: Which kernels, as for `attach_regularizers`.
         exclude: Which not.
@@ -38,13 +40,15 @@ class SingularValueMonitor(keras.callbacks.Callback):
         max_seconds: Time after which a measurement begins with no other kernel: those that are left are NaN,
             and come first in the next one.
         max_iterations: As for `extreme_singular_values`.
-        gradient_data: (x, y), a batch: the norm of the loss's gradient in each kernel on it is recorded at
-            each measurement too, for `plot_gradients`. The model must be compiled with a loss.
+        gradient_data: (x, y), a batch of arrays: the norm in each kernel of the gradient on it of the whole
+            loss, penalties included, is recorded at each measurement too, for `plot_gradients`. The model
+            must be compiled with a loss.
         input_size: The size of the input images, where the model leaves it open.
 
     Attributes:
         history: Columns "epoch" (a fraction between epochs), "seconds" (what each measurement took), three of
-            each kernel as above, and "<layer>/gradient_norm" if asked for; a row per measurement.
+            each kernel as above, and "<layer>/gradient_norm" if asked for; a row per measurement. A second
+            `fit` of the same model goes on; where it counts its epochs from 0 again, they are counted on.
         cost: A sentence: how many measurements, and what share of the training's time they took.
 
     Raises:
@@ -82,17 +86,21 @@ class SingularValueMonitor(keras.callbacks.Callback):
         if unit not in UNITS:
             raise ValueError(f"unit must be one of {UNITS}. Received: unit={unit!r}")
         self.unit = unit
-        self._selection = include, exclude, input_size
+        self._selection = (
+            check_selection("include", include),
+            check_selection("exclude", exclude),
+            input_size,
+        )
         self._alpha = check_number("alpha", alpha, exclusive=True)
         self._options = {
-            "accuracy": check_number("accuracy", accuracy, exclusive=True),
+            "accuracy": check_accuracy(accuracy),
             "max_iterations": check_integer("max_iterations", max_iterations),
-            "low": sigma_min,
+            "low": check_flag("sigma_min", sigma_min),
         }
         self._max_seconds = check_number("max_seconds", max_seconds)
-        self._gradient_data = gradient_data
+        self._gradient_data = _check_batch(gradient_data)
         self._watched, self._rows, self._measured = None, [], {}
-        self._batches = self._epoch = 0
+        self._begins, self._epoch, self._offset, self._batch, self._batches = True, 0, 0.0, 0, 0
         self._started = self._ended = None
 
     @property
@@ -121,31 +129,42 @@ class SingularValueMonitor(keras.callbacks.Callback):
         return plot_gradient_norms(self.history)
 
     def on_train_begin(self, logs=None):
-        """Measures before the first step."""
+        """Finds the kernels."""
         self._kernels, _ = select_kernels(self.model, *self._selection)
         if self._watched is not self.model:
             self._watched, self._rows, self._measured = self.model, [], {}
         self._started, self._ended = self._started or time.perf_counter(), None
-        if not self._rows:
-            self._measure(0.0)
+        self._begins = True
 
     def on_epoch_begin(self, epoch, logs=None):
+        """Measures before the first step."""
+        if self._begins:
+            last = self._rows[-1]["epoch"] if self._rows else epoch
+            self._offset = max(0.0, last - epoch)
+            self._begins = False
+        self._epoch = epoch + self._offset
+        if not self._rows:
+            self._measure(self._epoch)
+
+    def on_train_batch_begin(self, batch, logs=None):
         """Notes where training is."""
-        self._epoch = epoch
+        self._batch = batch
 
     def on_train_batch_end(self, batch, logs=None):
         """Measures where batches are counted."""
-        self._batches += 1
-        if self.unit == "batch" and self._batches % self.every == 0:
-            per_epoch = self.params.get("steps") or math.inf
-            self._into(logs, self._measure(self._epoch + (batch + 1) / per_epoch))
+        # Keras calls this once for several steps where it executes them together.
+        per_epoch = self.params.get("steps") or math.inf
+        done = min(self._batch + getattr(self.model, "steps_per_execution", 1), per_epoch)
+        before, self._batches = self._batches, self._batches + done - self._batch
+        if self.unit == "batch" and self._batches // self.every > before // self.every:
+            self._into(logs, self._measure(self._epoch + done / per_epoch))
 
     def on_epoch_end(self, epoch, logs=None):
         """Measures where epochs are counted."""
         if self.unit == "batch":
             self._into(logs, self._rows[-1])
         elif (epoch + 1) % self.every == 0:
-            self._into(logs, self._measure(epoch + 1.0))
+            self._into(logs, self._measure(self._epoch + 1.0))
         else:
             self._into(logs, dict.fromkeys(self._rows[-1], math.nan))
 
@@ -193,6 +212,23 @@ class SingularValueMonitor(keras.callbacks.Callback):
             f"{kernel.name}/gradient_norm": math.nan if gradient is None else float(tf.norm(gradient))
             for kernel, gradient in zip(self._kernels, gradients, strict=True)
         }
+
+
+def _check_batch(data):
+    if data is None:
+        return None
+    pair = data if isinstance(data, (tuple, list)) and len(data) == 2 else (None, None)
+    if any(part is None or isinstance(part, str) for part in pair):
+        raise TypeError(
+            f"gradient_data must be (x, y), a batch of arrays. Received: gradient_data={reprlib.repr(data)}"
+        )
+    counts = {len(part) for part in tf.nest.flatten(pair) if np.ndim(part)}
+    if len(counts) != 1:
+        raise ValueError(
+            "gradient_data must be (x, y) with as many labels as images. Received: "
+            f"{' and '.join(map(str, sorted(counts))) or 'numbers'} of them"
+        )
+    return tuple(pair)
 
 
 class FactorSchedule(keras.callbacks.Callback):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-__all__ = ["as_kernel", "check_integer", "check_memory", "check_number"]
+__all__ = ["as_kernel", "check_accuracy", "check_flag", "check_integer", "check_memory", "check_number"]
 
 LARGEST = 2**31 - 1  # of any size or count
 SMALL = 1 << 24  # bytes that are always there: asking the system takes longer than small penalties
@@ -45,6 +45,21 @@ def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
     if number > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}. Received: {_received(name, value)}")
     return number
+
+
+def check_accuracy(accuracy: Any) -> float:
+    """Returns a relative accuracy as a plain float, or raises."""
+    accuracy = check_number("accuracy", accuracy, exclusive=True)
+    if accuracy >= 1:
+        raise ValueError(f"accuracy must be below 1. Received: accuracy={accuracy}")
+    return accuracy
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns `value`, or raises naming the argument where it is no bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False. Received: {_received(name, value)}")
+    return bool(value)
 
 
 def _received(name: str, value: Any) -> str:

@@ -126,7 +126,7 @@ def _measure(package, kernels, options):
     """(the row of each kernel, what to draw of each)."""
     measuring = {"accuracy": options.accuracy, "low": not options.sigma_max_only}
     package.checks.check_number("alpha", options.alpha, exclusive=True)
-    package.checks.check_number("accuracy", options.accuracy, exclusive=True)
+    package.checks.check_accuracy(options.accuracy)
     rows, spectra = [], {}
     with progress_display() as progress:
         task = None

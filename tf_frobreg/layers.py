@@ -12,7 +12,15 @@ import tensorflow as tf
 from tf_frobreg.checks import check_integer
 from tf_frobreg.convolution import Convolution
 
-__all__ = ["LayerKernel", "ModelKernels", "UntreatedLayer", "flat_layers", "read_kernels"]
+__all__ = [
+    "LayerKernel",
+    "ModelKernels",
+    "UntreatedLayer",
+    "check_model",
+    "flat_layers",
+    "own_weights",
+    "read_kernels",
+]
 
 keras = tf.keras
 
@@ -32,6 +40,7 @@ class LayerKernel(NamedTuple):
         attribute: The name of the layer's attribute that is the kernel.
         regularizer: The name of the layer's attribute that is the regularizer of that kernel.
         conv: How the layer applies it.
+        other_sizes: Sizes of further images that a shared layer is applied to, as far as they are known.
     """
 
     name: str
@@ -39,6 +48,7 @@ class LayerKernel(NamedTuple):
     attribute: str
     regularizer: str
     conv: Convolution
+    other_sizes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def value(self) -> np.ndarray:
@@ -89,7 +99,7 @@ def read_kernels(model, input_size=None) -> ModelKernels:
     """Reads the layers of a built model or layer, nested ones included.
 
     The image size of a layer is that for which it was built: of a layer that is shared between images of
-    different sizes, the first one.
+    different sizes, the first one. The others are known of Functional models, and with `input_size`.
 
     Args:
         model: A Keras model or layer.
@@ -99,8 +109,7 @@ def read_kernels(model, input_size=None) -> ModelKernels:
     Raises:
         TypeError, ValueError: Where `model` is none, or has not been built.
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"model must be a Keras model or layer. Received: model={reprlib.repr(model)}")
+    check_model(model)
     if not model.built:
         raise ValueError(
             f"model must be built: call it once, or model.build(input_shape). Received: {model!r}"
@@ -114,12 +123,12 @@ def read_kernels(model, input_size=None) -> ModelKernels:
     kernels, untreated, others = [], [], Counter()
     for layer, name in zip(layers, names, strict=True):
         try:
-            found = list(_kernels(layer, name, shapes.get(id(layer)) or _built_shape(layer)))
+            found = list(_kernels(layer, name, shapes.get(id(layer)) or _recorded_shapes(layer)))
         except _Untreated as reason:
             untreated.append(UntreatedLayer(name, layer, str(reason), isinstance(reason, _UnknownSize)))
             continue
         kernels += found
-        if not found and any(len(weight.shape) > 1 for weight in _own_weights(layer)):
+        if not found and any(len(weight.shape) > 1 for weight in own_weights(layer)):
             reason = f"{type(layer).__name__} is neither a convolution nor Dense"
             untreated.append(UntreatedLayer(name, layer, reason))
         elif not found and not _children(layer):
@@ -127,8 +136,14 @@ def read_kernels(model, input_size=None) -> ModelKernels:
     return ModelKernels(kernels, untreated, dict(others))
 
 
-def _kernels(layer, name, shape) -> Iterator[LayerKernel]:
-    """The kernels of one layer, if it is a convolution or Dense; `shape` is that of its input, or None."""
+def check_model(model) -> None:
+    """Raises TypeError where `model` is none."""
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"model must be a Keras model or layer. Received: model={reprlib.repr(model)}")
+
+
+def _kernels(layer, name, shapes) -> Iterator[LayerKernel]:
+    """The kernels of one layer, if it is a convolution or Dense; `shapes` are those of its inputs."""
     known = (*CONVOLUTIONS, *TRANSPOSED, *DEPTHWISE, *SEPARABLE, keras.layers.Dense)
     if not isinstance(layer, known):
         return
@@ -143,7 +158,14 @@ def _kernels(layer, name, shape) -> Iterator[LayerKernel]:
     if isinstance(layer, keras.layers.Dense):
         yield _kernel(layer, name, "kernel", "kernel_regularizer", ())
         return
-    size = _spatial(layer, shape)
+    yield from (
+        kernel._replace(other_sizes=_other_sizes(layer, shapes)) for kernel in _of_images(layer, name, shapes)
+    )
+
+
+def _of_images(layer, name, shapes):
+    """The kernels of a convolution."""
+    size = _spatial(layer, shapes)
     own = {"strides": layer.strides, "dilation_rate": layer.dilation_rate, "padding": layer.padding}
     if isinstance(layer, SEPARABLE):
         kind = {"kind": "depthwise", **own}
@@ -171,16 +193,34 @@ def _kernel(layer, name, attribute, regularizer, size, **geometry):
         raise _Untreated(str(error)) from None
 
 
-def _spatial(layer, shape):
-    """The image size in the shape of a layer's input."""
-    if shape is None:
+def _spatial(layer, shapes):
+    """The image size in the first shape of a layer's inputs."""
+    if not shapes:
         raise _Untreated("the shape of its input is not recorded")
-    size = tuple(shape[2:] if layer.data_format == "channels_first" else shape[1:-1])
+    size = _image(layer, shapes[0])
     if None in size:
         raise _UnknownSize(
             f"its image size is unknown, {size}: give input_size (--input-size), or a model of fixed size"
         )
     return size
+
+
+def _other_sizes(layer, shapes):
+    sizes = dict.fromkeys(_image(layer, shape) for shape in shapes)
+    return tuple(size for size in sizes if size != _image(layer, shapes[0]) and None not in size)
+
+
+def _image(layer, shape):
+    return tuple(shape[2:] if layer.data_format == "channels_first" else shape[1:-1])
+
+
+def _recorded_shapes(layer):
+    """That for which it was built, and those of its calls in Functional models."""
+    shapes = [_built_shape(layer)]
+    # Keras has no public way to the calls of a shared layer.
+    for node in getattr(layer, "_inbound_nodes", ()):
+        shapes += [tuple(tensor.shape) for tensor in node.input_tensors[:1]]
+    return [shape for shape in shapes if shape is not None]
 
 
 def _built_shape(layer):
@@ -205,22 +245,25 @@ def _children(layer):
     return list(layer._flatten_layers(include_self=False, recursive=False))
 
 
-def _own_weights(layer):
+def own_weights(layer: keras.layers.Layer) -> list:
+    """The weights of a layer that are of none of its layers."""
     of_children = {id(weight) for child in _children(layer) for weight in child.weights}
     return [weight for weight in layer.weights if id(weight) not in of_children]
 
 
 def _names(layers):
-    """Of each layer its name or, where another layer has that too, its path."""
-    count = Counter(layer.name for layer in layers)
-    names = []
-    for layer in layers:
-        weights = layer.weights
-        path = weights[0].path.rpartition("/")[0] if weights and count[layer.name] > 1 else ""
-        name = path or layer.name
-        while name in names:  # a path can repeat too: models may be called alike
-            name += "'"
+    """Of each layer its name or, where another layer with weights has that too, its path."""
+    weights = [own_weights(layer) for layer in layers]
+    count = Counter(layer.name for layer, own in zip(layers, weights, strict=True) if own)
+    names, taken = [], set()
+    for layer, own in zip(layers, weights, strict=True):
+        first = own[0].path.rpartition("/")[0] if count[layer.name] > 1 and own else layer.name
+        name, number = first, 1
+        while own and name in taken:  # a path can repeat too: models may be called alike
+            number += 1
+            name = f"{first}_{number}"
         names.append(name)
+        taken |= {name} if own else set()
     return names
 
 
@@ -235,7 +278,7 @@ def _check_open(model, input_size):
 
 
 def _observed_shapes(model, layers, input_size):
-    """Shape of the first input of each layer while the model sees zeros, by the layer's id."""
+    """Shapes of the first input of each layer while the model sees zeros, by the layer's id."""
     shapes = {}
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -258,7 +301,7 @@ def _noting(layer, shapes):
 
     def noting(*arguments, **options):
         if arguments and hasattr(arguments[0], "shape"):
-            shapes.setdefault(id(layer), tuple(arguments[0].shape))
+            shapes.setdefault(id(layer), []).append(tuple(arguments[0].shape))
         return call(*arguments, **options)
 
     layer.__dict__["call"] = noting  # hides the method of the class

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_frobreg.attach import Selection, select_kernels
-from tf_frobreg.checks import check_number
+from tf_frobreg.checks import check_flag, check_number
 from tf_frobreg.convolution import Convolution
 from tf_frobreg.descent import DescentResult, regularize_kernel
 from tf_frobreg.extremes import ratio
@@ -18,6 +18,9 @@ from tf_frobreg.penalty import evaluate, floor
 from tf_frobreg.search import Extremes, ExtremeSingularValues
 
 __all__ = ["KernelSpectrum", "ModelDescent", "measure", "model_spectrum", "regularize_model"]
+
+
+DESCENT_OPTIONS = ("learning_rate", "direction", "gradient_tolerance", "measure", "gradient", "method")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,12 @@ class KernelSpectrum:
     penalty_per_column: float | None = None
     penalty_floor: float | None = None
     convolution: Convolution | None = dataclasses.field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name}  - {self.reason}"
+        sigma_max, sigma_min, *_ = self.extremes
+        return f"{self.name}  σ {sigma_min:.4g} … {sigma_max:.4g}, R {self.penalty:.4g}"
 
     @property
     def condition_number(self) -> float | None:
@@ -100,9 +109,11 @@ def model_spectrum(
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     found = read_kernels(model, input_size)
-    options = {"accuracy": accuracy, "max_iterations": max_iterations, "low": sigma_min}
-    if not isinstance(sigma_min, bool):
-        raise TypeError(f"sigma_min must be True or False. Received: sigma_min={sigma_min!r}")
+    options = {
+        "accuracy": accuracy,
+        "max_iterations": max_iterations,
+        "low": check_flag("sigma_min", sigma_min),
+    }
     before = {row.name: row for row in _check_start(start)}
     rows = [
         measure(kernel.name, kernel.value, kernel.conv, alpha, start=before.get(kernel.name), **options)
@@ -205,14 +216,16 @@ def regularize_model(
         input_size: As for `attach_regularizers`.
         callback: Called as `callback(name, step, kernel, penalty)` at every step; the descent at hand and all
             that would follow stop where it returns a true value.
-        **options: Of `regularize_kernel`: `learning_rate`, `direction`, `measure`, `gradient_tolerance`.
+        **options: Of `regularize_kernel`: `learning_rate`, `direction`, `gradient_tolerance`, `measure`,
+            `gradient`, `method`.
 
     Returns:
         A `ModelDescent`, with the `DescentResult` of each kernel. Every kernel has the value that its descent
         reached, converged or not.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError, TypeError: Where an argument is invalid, or a kernel holds NaN or infinity; the message
+            names it. No kernel has been changed then.
 
     Example:
         >>> tf.keras.utils.set_random_seed(1)
@@ -224,12 +237,26 @@ def regularize_model(
         >>> print(abs(model_spectrum(model)[0].extremes.sigma_max - 1) < 0.01)
         True
     """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function. Received: callback={reprlib.repr(callback)}")
+    if unknown := options.keys() - set(DESCENT_OPTIONS):
+        raise TypeError(
+            f"unknown argument {min(unknown)!r}: options are {', '.join(DESCENT_OPTIONS)}, and each layer "
+            "tells its own geometry"
+        )
     chosen, left_out = select_kernels(model, include, exclude, input_size)
-    results, stopped = {}, False
+    kernels = []
     for kernel in chosen:
         if getattr(kernel.layer, "lora_enabled", False):
             left_out[kernel.name] = "LoRA is enabled: its kernel is frozen"
-            continue
+        elif not np.isfinite(kernel.value).all():
+            raise ValueError(
+                f"the kernel of layer {kernel.name!r} must be finite. Received: NaN or infinity in it"
+            )
+        else:
+            kernels.append((kernel, _geometry(kernel, padding)))
+    results, stopped = {}, False
+    for kernel, geometry in kernels:
         if stopped:
             left_out[kernel.name] = "the callback stopped before it"
             continue
@@ -239,9 +266,6 @@ def regularize_model(
             stopped = bool(callback and callback(name, step, value, penalty))
             return stopped
 
-        geometry = dict(kernel.conv.geometry)
-        if padding is not None:
-            geometry["padding"] = padding
         result = regularize_kernel(
             kernel.value,
             kernel.conv.input_size,
@@ -255,3 +279,13 @@ def regularize_model(
         getattr(kernel.layer, kernel.attribute).assign(result.kernel)
         results[kernel.name] = result
     return ModelDescent(results, left_out)
+
+
+def _geometry(kernel, padding):
+    """That of a layer, with another border; what does not go with it is told before any kernel is changed."""
+    geometry = kernel.conv.geometry | ({} if padding is None else {"padding": padding})
+    try:
+        Convolution(kernel.conv.kernel_shape, kernel.conv.input_size, **geometry)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}, for layer {kernel.name!r}") from None
+    return geometry

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh, lobpcg
 
-from tf_frobreg.checks import check_integer, check_memory, check_number
+from tf_frobreg.checks import check_accuracy, check_integer, check_memory
 from tf_frobreg.convolution import Convolution
 from tf_frobreg.gram import gram
 from tf_frobreg.linear_map import apply, apply_adjoint, image_shapes
@@ -91,9 +91,7 @@ class Extremes:
         dense_rows: int | None = None,
     ):
         self._conv, self._low = conv, low
-        self._accuracy = check_number("accuracy", accuracy, exclusive=True)
-        if self._accuracy >= 1:
-            raise ValueError(f"accuracy must be below 1. Received: accuracy={accuracy}")
+        self._accuracy = check_accuracy(accuracy)
         self._iterations = check_integer("max_iterations", max_iterations)
         self._size = min(conv.shape)
         # Of the sums that a product with G consists of, as a share of σmax².
