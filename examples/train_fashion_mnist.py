@@ -8,7 +8,6 @@ that holds the four .gz files, such as that of Debian's package dataset-fashion-
 """
 
 import argparse
-import gzip
 import os
 import sys
 from pathlib import Path
@@ -17,47 +16,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
+from fashion_mnist import load_data
 from rich.console import Console
 from rich.table import Table
 
 from tf_frobreg import FrobeniusRegularizer, extreme_singular_values
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 # (filters, strides, size of the layer's input image)
 CONVOLUTIONS = [(16, 1, 28), (16, 2, 28), (32, 2, 14)]
-
-
-def read_idx(path):
-    """An array from a gzipped file in the IDX format of MNIST."""
-    with gzip.open(path) as file:
-        content = file.read()
-    dimensions = content[3]
-    shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-
-
-def load_data(directory):
-    """((images, labels) to train with, (images, labels) to test with)."""
-    if directory is None:
-        try:
-            return keras.datasets.fashion_mnist.load_data()
-        except Exception as error:  # Keras raises a bare Exception where it cannot download
-            if not DEBIAN.is_dir():
-                sys.exit(
-                    f"Fashion-MNIST cannot be downloaded ({error}). Install Debian's package "
-                    "dataset-fashion-mnist, or give the directory of its .gz files as --data-dir."
-                )
-            directory = DEBIAN
-    try:
-        return tuple(
-            tuple(
-                read_idx(Path(directory, f"{part}-{kind}-ubyte.gz"))
-                for kind in ("images-idx3", "labels-idx1")
-            )
-            for part in ("train", "t10k")
-        )
-    except (OSError, EOFError, ValueError) as error:
-        sys.exit(f"--data-dir must hold the four .gz files of Fashion-MNIST. Received: {directory} ({error})")
 
 
 def build_model(factor, seed):

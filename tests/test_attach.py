@@ -199,7 +199,7 @@ def test_an_existing_regularizer_is_added_to_replaced_or_kept():
     model = small_model()
     report = attach_regularizers(model, **penalty, existing="keep")
     assert report.attached == {}
-    assert report.left_out["first"] == "it has a L2 already"
+    assert report.left_out["first"] == "it has L2 already"
 
 
 def test_a_penalty_is_not_attached_twice():
@@ -208,7 +208,7 @@ def test_a_penalty_is_not_attached_twice():
     losses = [float(loss) for loss in model.losses]
     report = attach_regularizers(model)
     assert not report.attached
-    assert set(report.left_out.values()) == {"it has a FrobeniusRegularizer already"}
+    assert set(report.left_out.values()) == {"it has FrobeniusRegularizer already"}
     assert [float(loss) for loss in model.losses] == losses
     again = attach_regularizers(model, factor=2e-4, existing="replace")
     assert len(again.attached) == 5
@@ -326,11 +326,21 @@ def test_lora_and_frozen_layers():
     assert len(model.losses) == 4
 
 
+def lora_convolution():
+    layer = LAYERS.Conv2D(2, 3, kernel_regularizer=FrobeniusRegularizer((4, 4), padding="valid"))
+    layer.build((None, 4, 4, 1))
+    layer.enable_lora(1)
+    return layer
+
+
+@pytest.mark.skipif(not hasattr(LAYERS.Conv2D, "enable_lora"), reason="Keras 3.0 has it for Dense only")
 def test_detaching_after_lora_leaves_nothing_behind():
     model = small_model()
     report = attach_regularizers(model, factor=1.0, exclude="first")
     model.get_layer("top").enable_lora(2)
     model.get_layer("first").enable_lora(2)
+    with pytest.raises(ValueError, match="input_size must be ().* or a factor of LoRA: detach before it"):
+        _ = keras.Sequential([keras.Input((4, 4, 1)), lora_convolution()]).losses
     report.detach()
     assert len(model.losses) == 2  # of the first layer's own L2, on its two factors
     assert model.get_layer("top").kernel_regularizer is None

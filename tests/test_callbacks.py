@@ -85,6 +85,10 @@ def test_batches_are_counted_where_several_are_executed_together():
     monitor = SingularValueMonitor(3, unit="batch", include="conv")
     fit(small_model(steps_per_execution=2), monitor, epochs=3)
     assert monitor.history["epoch"].tolist() == [0, 1, 1.5, 2.5, 3]
+
+
+@pytest.mark.skipif(keras.__version__.startswith("3.0."), reason="Keras 3.0 wants full executions")
+def test_batches_are_counted_where_the_last_execution_is_not_full():
     monitor = SingularValueMonitor(3, unit="batch", include="conv")
     fit(small_model(steps_per_execution=3), monitor, epochs=2)  # of 3 and 1 batches
     assert monitor.history["epoch"].tolist() == [0, 0.75, 1.75]
@@ -96,6 +100,17 @@ def test_the_monitor_goes_on_in_another_fit():
     fit(model, monitor, epochs=1)  # counts from 0 again
     fit(model, monitor, epochs=3, initial_epoch=2)
     assert monitor.history["epoch"].tolist() == [0, 1, 2, 3]
+
+
+def test_epochs_between_measurements_are_counted_over_several_fits():
+    model, monitor = small_model(), SingularValueMonitor(2, include="conv")
+    for _ in range(3):
+        fit(model, monitor, epochs=3)
+    assert monitor.history["epoch"].tolist() == [0, 2, 4, 6, 8]
+    monitor = SingularValueMonitor(3, unit="batch", include="conv")
+    for _ in range(4):
+        fit(model, monitor, epochs=1, batch_size=16)
+    assert monitor.history["epoch"].tolist() == [0, 1.5, 3]
 
 
 def test_the_monitor_begins_where_training_does():
@@ -147,6 +162,8 @@ def test_gradient_norms_are_those_of_the_loss():
     assert len(monitor.plot().axes) == 2
     with pytest.raises(ValueError, match="gradient_data must be given"):
         SingularValueMonitor().plot_gradients()
+    with pytest.raises(ValueError, match="gradient_data must be a batch that suits the model and its loss"):
+        fit(model, SingularValueMonitor(gradient_data=(x[:, :4], y)))
 
 
 def test_the_monitor_does_not_change_the_training():
@@ -169,6 +186,7 @@ def test_the_monitor_does_not_change_the_training():
         ({"gradient_data": 5}, TypeError, "gradient_data must be .x, y., a batch of arrays. Received"),
         ({"gradient_data": (np.ones(3), None)}, TypeError, "gradient_data must be"),
         ({"gradient_data": (np.ones((3, 2)), np.ones(2))}, ValueError, "Received: 2 and 3 of them"),
+        ({"gradient_data": (np.ones((0, 2)), np.ones(0))}, ValueError, "Received: 0 of them"),
         ({"gradient_data": (1, 2)}, ValueError, "gradient_data must be .*Received: numbers of them"),
         ({"max_seconds": -1}, ValueError, "max_seconds must be"),
     ],

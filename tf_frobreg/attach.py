@@ -327,9 +327,9 @@ def _reason_to_leave(kernel, before, existing):
     if variable.dtype not in ("float32", "float64"):
         return f"its kernel is {variable.dtype}"
     if before is not None and existing == "keep":
-        return f"it has a {type(before).__name__} already"
+        return f"it has {_label(before)} already"
     if existing == "add" and _has_penalty(before):
-        return "it has a FrobeniusRegularizer already"
+        return "it has FrobeniusRegularizer already"
     return None
 
 

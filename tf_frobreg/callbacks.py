@@ -100,7 +100,9 @@ class SingularValueMonitor(keras.callbacks.Callback):
         self._max_seconds = check_number("max_seconds", max_seconds)
         self._gradient_data = _check_batch(gradient_data)
         self._watched, self._rows, self._measured = None, [], {}
-        self._begins, self._epoch, self._offset, self._batch, self._batches = True, 0, 0.0, 0, 0
+        # Epochs trained so far, what a fit's own count of them lacks, and the same for batches.
+        self._trained, self._offset, self._begins = 0.0, 0.0, True
+        self._epoch, self._batch, self._batches = 0.0, 0, 0
         self._started = self._ended = None
 
     @property
@@ -133,14 +135,14 @@ class SingularValueMonitor(keras.callbacks.Callback):
         self._kernels, _ = select_kernels(self.model, *self._selection)
         if self._watched is not self.model:
             self._watched, self._rows, self._measured = self.model, [], {}
+            self._trained, self._batches = 0.0, 0
         self._started, self._ended = self._started or time.perf_counter(), None
         self._begins = True
 
     def on_epoch_begin(self, epoch, logs=None):
         """Measures before the first step."""
         if self._begins:
-            last = self._rows[-1]["epoch"] if self._rows else epoch
-            self._offset = max(0.0, last - epoch)
+            self._offset = max(0.0, self._trained - epoch)
             self._begins = False
         self._epoch = epoch + self._offset
         if not self._rows:
@@ -156,15 +158,17 @@ class SingularValueMonitor(keras.callbacks.Callback):
         per_epoch = self.params.get("steps") or math.inf
         done = min(self._batch + getattr(self.model, "steps_per_execution", 1), per_epoch)
         before, self._batches = self._batches, self._batches + done - self._batch
+        self._trained = self._epoch + done / per_epoch
         if self.unit == "batch" and self._batches // self.every > before // self.every:
-            self._into(logs, self._measure(self._epoch + done / per_epoch))
+            self._into(logs, self._measure(self._trained))
 
     def on_epoch_end(self, epoch, logs=None):
         """Measures where epochs are counted."""
+        self._trained = self._epoch + 1.0
         if self.unit == "batch":
             self._into(logs, self._rows[-1])
-        elif (epoch + 1) % self.every == 0:
-            self._into(logs, self._measure(self._epoch + 1.0))
+        elif int(self._trained) % self.every == 0:
+            self._into(logs, self._measure(self._trained))
         else:
             self._into(logs, dict.fromkeys(self._rows[-1], math.nan))
 
@@ -206,7 +210,13 @@ class SingularValueMonitor(keras.callbacks.Callback):
         with tf.GradientTape() as tape:
             for variable in variables:
                 tape.watch(tf.convert_to_tensor(variable.value))
-            loss = self.model.compute_loss(x, y, self.model(x, training=False))
+            try:
+                loss = self.model.compute_loss(x, y, self.model(x, training=False))
+            except (ValueError, TypeError, tf.errors.OpError) as error:
+                cause = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"gradient_data must be a batch that suits the model and its loss: they fail ({cause})"
+                ) from None
         gradients = tape.gradient(loss, [variable.value for variable in variables])
         return {
             f"{kernel.name}/gradient_norm": math.nan if gradient is None else float(tf.norm(gradient))
@@ -223,9 +233,9 @@ def _check_batch(data):
             f"gradient_data must be (x, y), a batch of arrays. Received: gradient_data={reprlib.repr(data)}"
         )
     counts = {len(part) for part in tf.nest.flatten(pair) if np.ndim(part)}
-    if len(counts) != 1:
+    if len(counts) != 1 or 0 in counts:
         raise ValueError(
-            "gradient_data must be (x, y) with as many labels as images. Received: "
+            "gradient_data must be (x, y) with as many labels as images, one at least. Received: "
             f"{' and '.join(map(str, sorted(counts))) or 'numbers'} of them"
         )
     return tuple(pair)

@@ -305,10 +305,15 @@ def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
             )
         return (number,) * rank
     if len(value) != rank:
-        raise ValueError(
-            f"{name} must be an int or {rank} ints, one per spatial axis of the kernel, without channels. "
-            f"Received: {name}={reprlib.repr(value)}"
+        wanted = (
+            f"an int or {rank} ints, one per spatial axis of the kernel, without channels" if rank else "()"
         )
+        lora = (
+            ""
+            if rank
+            else ", for a kernel of rank 2, which a Dense layer has, or a factor of LoRA: detach before it"
+        )
+        raise ValueError(f"{name} must be {wanted}{lora}. Received: {name}={reprlib.repr(value)}")
     return tuple(check_integer(name, n) for n in value)
 
 

@@ -180,7 +180,7 @@ class ModelDescent:
             high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
             lines.append(
                 f"{name:{width}}  R {before:.4g} → {after:.4g}, σ {low:.4g} … {high:.4g}, "
-                f"{result.num_steps} steps, {result.reason.value}"
+                f"{result.num_steps} step{'s'[: result.num_steps != 1]}, {result.reason.value}"
             )
         return "\n".join(lines + [f"{name:{width}}  - {reason}" for name, reason in self.left_out.items()])
 

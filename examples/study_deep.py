@@ -1,0 +1,259 @@
+"""Unstable gradients: plain deep networks on Fashion-MNIST, by start and penalty.
+
+Convolutions 3×3 of 16 filters, one after the other, without normalisation or skip connections, the first
+two with strides 2, then a Dense layer: how large is the gradient in each kernel, and does the network train?
+10,000 images, 3 epochs, batches of 100, SGD with momentum 0.9. Starts are Glorot, He, orthogonal (of the
+reshaped kernel, with gain √α), and the usual one (He with ReLU, Glorot with tanh), as it is or followed by
+Algorithm 3.1 to α on every kernel; α is 2 with ReLU and 1 with tanh. Learning rate and factor are chosen for
+each method on 2,000 validation images at depth 40, from four pairs each, and go to other depths with the
+learning rate divided by the depth. Test accuracies are of other seeds.
+
+    python examples/study_deep.py --output-dir examples/results
+
+goes on where it was stopped, prints the tables and writes study_deep.csv and study_deep.png. The runs take
+some two hours on two cores; with --quick a minute.
+"""
+
+import functools
+import os
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from fashion_mnist import load_data
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from runs import run_all, study_files, study_parser
+
+from tf_frobreg import ReshapedRegularizer, attach_regularizers, regularize_model
+
+ALPHA = {"relu": 2.0, "tanh": 1.0}
+DEPTHS = {"relu": (10, 20, 40, 80), "tanh": (20, 40, 80, 160)}
+USUAL = {"relu": "he_normal", "tanh": "glorot_normal"}
+TUNED_AT = 40
+CHANCE, TRAINED = 0.15, 0.7  # at most, and at least
+
+# (start, border for Algorithm 3.1 on the start, penalty)
+METHODS = {
+    "none, Glorot": ("glorot_normal", None, None),
+    "none, He": ("he_normal", None, None),
+    "none, orthogonal": ("orthogonal", None, None),
+    "L2, usual": ("usual", None, "l2"),
+    "reshaped, usual": ("usual", None, "reshaped"),
+    "circular, usual": ("usual", None, "circular"),
+    "Frobenius, usual": ("usual", None, "frobenius"),
+    "none, Algorithm 3.1": ("usual", "same", None),
+    "circular, Algorithm 3.1": ("usual", "circular", "circular"),
+    "Frobenius, Algorithm 3.1": ("usual", "same", "frobenius"),
+}
+# (learning rate at depth 40, factor): four of each method
+SETTINGS = {
+    None: [(rate, 0.0) for rate in (0.001, 0.003, 0.01, 0.03)],
+    "l2": [(rate, factor) for rate in (0.003, 0.01) for factor in (1e-4, 1e-3)],
+    "reshaped": [(rate, factor) for rate in (0.003, 0.01) for factor in (1e-3, 1e-2)],
+    "circular": [(rate, factor) for rate in (0.003, 0.01) for factor in (0.01, 0.1)],
+    "frobenius": [(rate, factor) for rate in (0.003, 0.01) for factor in (0.01, 0.1)],
+}
+
+
+def build(depth, activation, start, penalty, factor):
+    """The network, with its penalty."""
+    alpha = ALPHA[activation]
+    model = keras.Sequential([keras.Input((28, 28, 1))])
+    for number in range(depth):
+        layer = keras.layers.Conv2D(
+            16,
+            3,
+            strides=2 if number < 2 else 1,
+            padding="same",
+            activation=activation,
+            kernel_initializer=(
+                keras.initializers.Orthogonal(alpha**0.5)
+                if start == "orthogonal"
+                else {"usual": USUAL[activation]}.get(start, start)
+            ),
+        )
+        if penalty == "l2":
+            layer.kernel_regularizer = keras.regularizers.L2(factor)
+        elif penalty == "reshaped":
+            layer.kernel_regularizer = ReshapedRegularizer(factor, alpha)
+        model.add(layer)
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(10))
+    if penalty in ("circular", "frobenius"):
+        attach_regularizers(
+            model,
+            factor,
+            alpha,
+            reduction="mean",
+            padding="circular" if penalty == "circular" else None,
+            include=keras.layers.Conv2D,
+        )
+    return model
+
+
+def gradient_norms(model, x, y):
+    """Norm of the gradient of the loss, without penalties, in each convolution's kernel."""
+    kernels = [layer.kernel.value for layer in model.layers[:-2]]
+    with tf.GradientTape() as tape:
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, model(x))
+    return " ".join(f"{float(tf.norm(gradient)):.4g}" for gradient in tape.gradient(loss, kernels))
+
+
+def train(data_dir, activation, depth, method, rate, factor, seed, epochs, images):
+    """One run; seed 0 is for choosing, and is measured on validation images."""
+    began = time.perf_counter()
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    (x, y), test = load_data(data_dir)
+    (x, y), measured = (x[:images], y[:images]), (x[-2000:], y[-2000:]) if seed == 0 else test
+    x, x_measured = ((part[..., None] / np.float32(255) - 0.286) / 0.353 for part in (x, measured[0]))
+    start, border, penalty = METHODS[method]
+    model = build(depth, activation, start, penalty, factor)
+    if border:
+        regularize_model(
+            model, alpha=ALPHA[activation], include=keras.layers.Conv2D, padding=border, max_steps=60
+        )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(rate * TUNED_AT / depth, 0.9), loss, metrics=["accuracy"])
+    norms = [gradient_norms(model, x[:500], y[:500])]
+    accuracies = []
+    for _ in range(epochs):
+        history = model.fit(x, y, batch_size=100, verbose=0).history
+        accuracies.append(history["accuracy"][0])
+        norms.append(gradient_norms(model, x[:500], y[:500]))
+    return {
+        "accuracy": model.evaluate(x_measured, measured[1], batch_size=500, verbose=0)[1],
+        "training_accuracy": " ".join(f"{value:.4f}" for value in accuracies),
+        "gradient_at_start": norms[0],
+        "gradient_after_1": norms[1],
+        "gradient_at_end": norms[-1],
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def accuracies(rows, **wanted):
+    """The accuracies of the rows of one kind."""
+    return np.array(
+        [float(row["accuracy"]) for row in rows if all(row[n] == str(v) for n, v in wanted.items())]
+    )
+
+
+def choose(rows, activation, method):
+    """(learning rate, factor) with the best validation accuracy."""
+    tried = [row for row in rows if (row["activation"], row["method"]) == (activation, method)]
+    best = max(tried, key=lambda row: float(row["accuracy"]))
+    return float(best["rate"]), float(best["factor"])
+
+
+def table(rows, activation, depths, chosen):
+    """Test accuracy by method and depth, and in how many runs it trained."""
+    found = Table(title=f"{activation}, α = {ALPHA[activation]:g}: test accuracy, and runs that reached 70 %")
+    for name in ("penalty, start", "rate", "factor", *(f"depth {depth}" for depth in depths)):
+        found.add_column(name, justify="left" if "start" in name else "right")
+    for method, (rate, factor) in chosen.items():
+        cells = []
+        for depth in depths:
+            values = accuracies(rows, activation=activation, method=method, depth=depth)
+            trained = f"{(values >= TRAINED).sum()}/{len(values)}"
+            cells.append(f"{values.mean():.1%} ± {values.std():.1%}, {trained}")
+        found.add_row(method, f"{rate:g}", f"{factor:g}" if factor else "", *cells)
+    return found
+
+
+def norms(rows, column, **wanted):
+    """Geometric mean over the seeds of the gradient's norm, by layer."""
+    logs = [
+        np.log(np.maximum(np.array(row[column].split(), dtype=float), 1e-30))
+        for row in rows
+        if all(row[name] == str(value) for name, value in wanted.items())
+    ]
+    return np.exp(np.mean(logs, 0))
+
+
+def draw(rows, depths, methods):
+    """By activation: accuracy against depth, and gradients by layer of one depth, before and after."""
+    figure = Figure(figsize=(13, 0.6 + 3.8 * len(depths)), layout="constrained")
+    panels = figure.subplots(len(depths), 3, squeeze=False)
+    whens = {"gradient_at_start": "at the start", "gradient_at_end": "at the end"}
+    for (activation, some), row in zip(depths.items(), panels, strict=True):
+        shown = some[len(some) // 2]
+        for number, method in enumerate(methods):
+            line = {"color": f"C{number}", "linestyle": ("-", "--", ":")[number % 3], "label": method}
+            found = [accuracies(rows, activation=activation, method=method, depth=depth) for depth in some]
+            mean, spread = np.array([(values.mean(), values.std()) for values in found]).T
+            row[0].errorbar(some, mean, spread, capsize=3, marker=".", **line)
+            for axes, column in zip(row[1:], whens, strict=True):
+                by_layer = norms(rows, column, activation=activation, method=method, depth=shown)
+                axes.plot(range(1, len(by_layer) + 1), by_layer, **line)
+        row[0].axhline(0.1, color="0.7", zorder=0)
+        row[0].set(xscale="log", xlabel="depth", title=f"{activation}: test accuracy")
+        row[0].set_xticks(some, [str(depth) for depth in some])
+        row[0].minorticks_off()
+        for axes, when in zip(row[1:], whens.values(), strict=True):
+            axes.set(yscale="log", xlabel="layer", title=f"{activation}: gradient {when}, depth {shown}")
+            axes.set_ylim(1e-8, 1e3)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
+    return figure
+
+
+def main():
+    """Chooses, runs, prints, draws."""
+    options = study_parser(__doc__).parse_args()
+    csv_file, figure_file = study_files(options, "study_deep")
+    size = {"epochs": 3, "images": 10_000}
+    seeds, depths, methods, tuned_at = range(1, options.seeds + 1), DEPTHS, list(METHODS), TUNED_AT
+    if options.quick:
+        size, seeds, depths, tuned_at = {"epochs": 1, "images": 500}, [1], {"relu": (5, 10)}, 5
+        methods = ["none, He", "Frobenius, Algorithm 3.1"]
+
+    run = functools.partial(run_all, functools.partial(train, options.data_dir), path=csv_file)
+    chosen = {}
+    jobs = [
+        {
+            "activation": activation,
+            "depth": tuned_at,
+            "method": method,
+            "rate": rate,
+            "factor": factor,
+            "seed": 0,
+        }
+        | size
+        for activation in depths
+        for method in methods
+        for rate, factor in SETTINGS[METHODS[method][2]][: 2 if options.quick else None]
+    ]
+    tried = run(jobs=jobs, processes=options.processes)
+    for activation in depths:
+        chosen[activation] = {method: choose(tried, activation, method) for method in methods}
+    jobs = [
+        {
+            "activation": activation,
+            "depth": depth,
+            "method": method,
+            "rate": rate,
+            "factor": factor,
+            "seed": seed,
+        }
+        | size
+        for activation in depths
+        for seed in seeds
+        for depth in depths[activation]
+        for method, (rate, factor) in chosen[activation].items()
+    ]
+    rows = run(jobs=jobs, processes=options.processes)
+    draw(rows, depths, methods).savefig(figure_file, dpi=110)
+    console = Console(width=150)
+    for activation in depths:
+        console.print(table(rows, activation, depths[activation], chosen[activation]))
+    console.print(f"Wrote {csv_file} and {figure_file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Factor, α and border: what a small network loses and gains as the penalty presses harder.
+
+The network of study_generalization.py on 5,000 images of Fashion-MNIST, with factors over six decades
+(reduction "mean", on the convolutions): test accuracy, σmax and σmin of the third convolution (3×3, 16
+filters on 16 channels, strides 1), and where the energy ‖K‖² of its kernel sits. Four kinds: zero border with
+α = 1 and α = 2, circular penalty with α = 1 on the same layers, and layers and penalty with border "valid".
+
+    python examples/study_factor.py --output-dir examples/results
+
+goes on where it was stopped, prints the table and writes study_factor.csv and .png. The runs take about
+twenty minutes on two cores; with --quick a minute.
+"""
+
+import functools
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from runs import run_all, study_files, study_parser
+from study_generalization import RATE, accuracy, build, fit, training_data, values
+
+from tf_frobreg import attach_regularizers, model_spectrum
+
+# name: (α, border of the layers, border of the penalty)
+KINDS = {
+    "zero border, α = 1": (1.0, "same", None),
+    "zero border, α = 2": (2.0, "same", None),
+    "circular, α = 1": (1.0, "same", "circular"),
+    "valid, α = 1": (1.0, "valid", None),
+}
+FACTORS = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+LAYER = 2  # of the model: its third convolution
+
+
+def train(data_dir, kind, factor, seed, images, epochs):
+    """One run."""
+    began = time.perf_counter()
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    (x, y), test = training_data(data_dir, images, seed)
+    alpha, border, padding = KINDS[kind]
+    model = build(border)
+    if factor:
+        options = {"reduction": "mean", "padding": padding, "include": keras.layers.Conv2D}
+        attach_regularizers(model, factor, alpha, **options)
+    fit(model, x, y, RATE, epochs, 50)
+    kernel = np.asarray(model.layers[LAYER].kernel)
+    taps = (kernel**2).sum((2, 3)).ravel() / (kernel**2).sum()
+    sigma = model_spectrum(model)[LAYER].extremes
+    return {
+        "accuracy": accuracy(model, *test),
+        "sigma_max": sigma.sigma_max,
+        "sigma_min": sigma.sigma_min,
+        "centre": taps[4],
+        "taps": " ".join(f"{share:.4f}" for share in taps),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def table(rows, kinds, factors):
+    """Means and standard deviations over the seeds."""
+    found = Table(title="Third convolution, 3×3×16×16; mean ± standard deviation over the seeds")
+    for name in ("kind", "factor", "test accuracy", "σmax", "σmin", "energy in the centre tap"):
+        found.add_column(name, justify="left" if name == "kind" else "right")
+    for kind in kinds:
+        for factor in factors:
+            cells = [
+                (cell.mean(), cell.std())
+                for cell in (
+                    values(rows, column, kind=kind, factor=factor)
+                    for column in ("accuracy", "sigma_max", "sigma_min", "centre")
+                )
+            ]
+            texts = ["{:.1%} ± {:.1%}", "{:.2f} ± {:.2f}", "{:.2f} ± {:.2f}", "{:.0%} ± {:.0%}"]
+            found.add_row(
+                kind, f"{factor:g}", *(text.format(*cell) for text, cell in zip(texts, cells, strict=True))
+            )
+        found.add_section()
+    return found
+
+
+def draw(rows, kinds, factors):
+    """Accuracy, σ and the centre tap's share against the factor, and the energy by tap at the largest."""
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
+    panels = above.subplots(1, 3)
+    pressed = [factor for factor in factors if factor]
+    places = [pressed[0] / 10, *pressed]
+    titles = {"accuracy": "test accuracy", "sigma_max": "σmax and σmin", "centre": "energy in the centre tap"}
+    for number, kind in enumerate(kinds):
+        for axes, column in zip(panels, titles, strict=True):
+            for one in [column] + ["sigma_min"] * (column == "sigma_max"):
+                cells = [values(rows, one, kind=kind, factor=factor) for factor in factors]
+                mean, spread = [cell.mean() for cell in cells], [cell.std() for cell in cells]
+                style = {"color": f"C{number}", "linestyle": "--" if one == "sigma_min" else "-"}
+                axes.errorbar(places, mean, spread, marker=".", capsize=2, label=kind, **style)
+    for axes, title in zip(panels, titles.values(), strict=True):
+        axes.set(xscale="log", xlabel="factor", title=title)
+        axes.set_xticks(places, ["0", *(f"{factor:g}" for factor in pressed)])
+        axes.minorticks_off()
+    panels[1].set_yscale("symlog", linthresh=1)
+    panels[0].legend(fontsize="small")
+    shown = factors[:: 2 if len(factors) > 3 else 1]
+    for axes, (kind, factor) in zip(
+        below.subplots(len(kinds[::2]) + 1, len(shown)).ravel(),
+        [(kind, factor) for kind in [kinds[0], *kinds[2:]] for factor in shown],
+        strict=False,
+    ):
+        chosen = [row for row in rows if (row["kind"], row["factor"]) == (kind, str(factor))]
+        energy = np.mean([np.array(row["taps"].split(), dtype=float) for row in chosen], 0).reshape(3, 3)
+        axes.imshow(energy, cmap="viridis", vmin=0, vmax=1)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(f"{kind.split(',')[0]}, factor {factor:g}", fontsize=7)
+        for (i, j), share in np.ndenumerate(energy):
+            axes.text(
+                j, i, f"{share:.0%}", ha="center", va="center", fontsize=6, color="w" if share < 0.6 else "k"
+            )
+    return figure
+
+
+def main():
+    """Runs, prints, draws."""
+    options = study_parser(__doc__).parse_args()
+    csv_file, figure_file = study_files(options, "study_factor")
+    kinds, factors, seeds = list(KINDS), FACTORS, range(1, options.seeds + 1)
+    size = {"images": 5000, "epochs": 12}
+    if options.quick:
+        kinds, factors, seeds, size = kinds[:1] + kinds[2:], FACTORS[::3], [1], {"images": 500, "epochs": 2}
+    jobs = [
+        {"kind": kind, "factor": factor, "seed": seed} | size
+        for seed in seeds
+        for kind in kinds
+        for factor in factors
+    ]
+    rows = run_all(functools.partial(train, options.data_dir), jobs, csv_file, processes=options.processes)
+    draw(rows, kinds, factors).savefig(figure_file, dpi=110)
+    console = Console(width=110)
+    console.print(table(rows, kinds, factors), f"Wrote {csv_file} and {figure_file}")
+
+
+if __name__ == "__main__":
+    main()
