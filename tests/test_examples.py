@@ -174,3 +174,16 @@ def test_two_workers_have_the_losses_of_one(tmp_path):
     assert len(losses[0]) == 5
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
     assert "--save must be a .keras file that does not exist" in run(*command, status=2).stderr
+
+
+@pytest.mark.skipif(
+    not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
+)
+@pytest.mark.parametrize("study", ["study_deep", "study_generalization", "study_factor"])
+def test_studies_run_and_go_on(study, tmp_path):
+    command = [f"{study}.py", "--quick", "--data-dir", FASHION_MNIST, "--output-dir", tmp_path]
+    printed = run(*command).stdout
+    runs = (tmp_path / f"{study}_quick.csv").read_bytes()
+    assert (tmp_path / f"{study}_quick.png").stat().st_size > 10_000
+    assert run(*command).stdout == printed  # from the file, without a run
+    assert (tmp_path / f"{study}_quick.csv").read_bytes() == runs
