@@ -16,7 +16,7 @@ from tf_frobreg import (
     detach_regularizers,
     frobenius_penalty,
 )
-from tf_frobreg.attach import select_kernels
+from tf_frobreg.selection import select_kernels
 
 LAYERS = keras.layers
 

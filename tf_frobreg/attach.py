@@ -2,26 +2,19 @@
 
 import contextlib
 import dataclasses
-import fnmatch
 import reprlib
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from tf_frobreg.layers import LayerKernel, check_model, flat_layers, own_weights, read_kernels
+from tf_frobreg.layers import LayerKernel, check_model, flat_layers, own_weights
 from tf_frobreg.regularizers import FrobeniusRegularizer, SumRegularizer
+from tf_frobreg.selection import Selection, matches, no_match, select_kernels
 
-__all__ = [
-    "AttachReport",
-    "Selection",
-    "attach_regularizers",
-    "check_selection",
-    "detach_regularizers",
-    "select_kernels",
-]
+__all__ = ["AttachReport", "attach_regularizers", "detach_regularizers"]
 
 keras = tf.keras
 
@@ -29,8 +22,6 @@ EXISTING = ("add", "replace", "keep")
 OVERRIDES = ("factor", "alpha", "reduction", "padding")
 
 _undone = weakref.WeakKeyDictionary()  # regularizers that were detached, and what came in their place
-
-Selection = str | type | Callable | Sequence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -217,73 +208,6 @@ def _without_penalty(regularizer):
     return SumRegularizer(rest) if len(rest) > 1 else (rest or [None])[0]
 
 
-def select_kernels(model, include, exclude, input_size) -> tuple[list[LayerKernel], dict[str, str]]:
-    """(the chosen kernels of a model, why others were not chosen, by name)."""
-    include, exclude = check_selection("include", include), check_selection("exclude", exclude)
-    found = read_kernels(model, input_size)
-    candidates = [(kernel.name, kernel.layer) for kernel in found.kernels]
-    candidates += [(name, layer) for name, layer, *_ in found.untreated]
-    every = candidates + [(layer.name, layer) for layer in flat_layers(model)]
-    for argument, patterns, among in (("include", include, candidates), ("exclude", exclude, every)):
-        for pattern in patterns or ():
-            if not _is_function(pattern) and not any(_matches(pattern, *c) for c in among):
-                raise ValueError(_no_match(argument, pattern, candidates))
-    left_out = {}
-
-    def chosen(name, layer):
-        if include is not None and not any(_matches(pattern, name, layer) for pattern in include):
-            left_out[name] = "not included"
-        elif any(_matches(pattern, name, layer) for pattern in exclude or ()):
-            left_out[name] = "excluded"
-        return name not in left_out
-
-    kernels = [kernel for kernel in found.kernels if chosen(kernel.name, kernel.layer)]
-    for untreated in found.untreated:
-        if chosen(untreated.name, untreated.layer):
-            if untreated.of_unknown_size:
-                raise ValueError(
-                    f"layer {untreated.name!r} cannot be treated: {untreated.reason}. Or leave it out, "
-                    f"exclude={untreated.name!r}. Received: input_size={input_size}"
-                )
-            left_out[untreated.name] = untreated.reason
-    return kernels, left_out
-
-
-def check_selection(argument: str, selection: Selection | None) -> list | None:
-    """The selection as a list, or an error that names the argument."""
-    if selection is None:
-        return None
-    single = isinstance(selection, (str, type)) or callable(selection)
-    patterns = [selection] if single else selection
-    if not isinstance(patterns, (list, tuple, set, frozenset)) or not all(
-        isinstance(pattern, str) or callable(pattern) for pattern in patterns
-    ):
-        raise TypeError(
-            f"{argument} must be a name, a layer, a layer class, a function of the layer, or a list of "
-            f"those. Received: {argument}={reprlib.repr(selection)}"
-        )
-    return list(patterns)
-
-
-def _matches(pattern, name, layer):
-    if isinstance(pattern, str):
-        return any(fnmatch.fnmatchcase(n, pattern) for n in (name, layer.name))
-    if isinstance(pattern, type):
-        return isinstance(layer, pattern)
-    if isinstance(pattern, keras.layers.Layer):  # which is a function too
-        return layer is pattern
-    return bool(pattern(layer))
-
-
-def _is_function(pattern):
-    return not isinstance(pattern, (str, type, keras.layers.Layer))
-
-
-def _no_match(argument, pattern, candidates):
-    names = ", ".join(name for name, _ in candidates) or "none"
-    return f"{argument} must match a layer with a kernel ({names}). Received: {argument}={pattern!r}"
-
-
 def _overridden(values, overrides, kernels):
     """The arguments of each kernel's penalty."""
     candidates = [(kernel.name, kernel.layer) for kernel in kernels]
@@ -297,13 +221,13 @@ def _overridden(values, overrides, kernels):
                 f"overrides must map names to dicts of {', '.join(OVERRIDES)}. "
                 f"Received: overrides[{pattern!r}]={reprlib.repr(own)}"
             )
-        if not any(_matches(pattern, *candidate) for candidate in candidates):
-            raise ValueError(_no_match("overrides", pattern, candidates))
+        if not any(matches(pattern, *candidate) for candidate in candidates):
+            raise ValueError(no_match("overrides", pattern, candidates))
     by_kernel = []
     for candidate in candidates:
         merged = dict(values)
         for pattern, own in (overrides or {}).items():
-            if _matches(pattern, *candidate):
+            if matches(pattern, *candidate):
                 merged |= own
         by_kernel.append(merged)
     return by_kernel

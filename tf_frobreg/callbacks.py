@@ -7,12 +7,12 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.attach import Selection, check_selection, select_kernels
 from tf_frobreg.checks import check_accuracy, check_flag, check_integer, check_number
 from tf_frobreg.layers import flat_layers
 from tf_frobreg.models import measure
 from tf_frobreg.plotting import plot_gradient_norms, plot_training
 from tf_frobreg.regularizers import SumRegularizer, WeightedRegularizer
+from tf_frobreg.selection import Selection, check_selection, select_kernels
 
 __all__ = ["FactorSchedule", "SingularValueMonitor"]
 

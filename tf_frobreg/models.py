@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.attach import Selection, select_kernels
 from tf_frobreg.checks import check_flag, check_number
 from tf_frobreg.convolution import Convolution
 from tf_frobreg.descent import DescentResult, regularize_kernel
@@ -16,6 +15,7 @@ from tf_frobreg.extremes import ratio
 from tf_frobreg.layers import read_kernels
 from tf_frobreg.penalty import evaluate, floor
 from tf_frobreg.search import Extremes, ExtremeSingularValues
+from tf_frobreg.selection import Selection, select_kernels
 
 __all__ = ["KernelSpectrum", "ModelDescent", "measure", "model_spectrum", "regularize_model"]
 
