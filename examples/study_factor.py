@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from runs import run_all, study_files, study_parser
-from study_generalization import RATE, accuracy, build, fit, training_data, values
+from study_generalization import accuracy, build, fit, training_data, values
 
 from tf_frobreg import attach_regularizers, model_spectrum
 
@@ -34,6 +34,7 @@ KINDS = {
     "circular, α = 1": (1.0, "same", "circular"),
     "valid, α = 1": (1.0, "valid", None),
 }
+RATE = 1e-3
 FACTORS = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 LAYER = 2  # of the model: its third convolution
 
