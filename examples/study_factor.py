@@ -88,7 +88,7 @@ def table(rows, kinds, factors):
 
 def draw(rows, kinds, factors):
     """Accuracy, σ and the centre tap's share against the factor, and the energy by tap at the largest."""
-    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    figure = Figure(figsize=(13, 5.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
     panels = above.subplots(1, 3)
     pressed = [factor for factor in factors if factor]
@@ -106,22 +106,21 @@ def draw(rows, kinds, factors):
         axes.set_xticks(places, ["0", *(f"{factor:g}" for factor in pressed)])
         axes.minorticks_off()
     panels[1].set_yscale("symlog", linthresh=1)
+    panels[1].set_yticks([0, 0.5, 1, 2, 4], ["0", "0.5", "1", "2", "4"])
     panels[0].legend(fontsize="small")
-    shown = factors[:: 2 if len(factors) > 3 else 1]
-    for axes, (kind, factor) in zip(
-        below.subplots(len(kinds[::2]) + 1, len(shown)).ravel(),
-        [(kind, factor) for kind in [kinds[0], *kinds[2:]] for factor in shown],
-        strict=False,
-    ):
+    borders = [kind for kind in kinds if kind.endswith("α = 1")]
+    shown = [(kind, factor) for kind in borders for factor in (factors[0], factors[-3], factors[-1])]
+    below.suptitle("energy by tap", fontsize="medium")
+    for axes, (kind, factor) in zip(below.subplots(1, len(shown)), shown, strict=True):
         chosen = [row for row in rows if (row["kind"], row["factor"]) == (kind, str(factor))]
         energy = np.mean([np.array(row["taps"].split(), dtype=float) for row in chosen], 0).reshape(3, 3)
         axes.imshow(energy, cmap="viridis", vmin=0, vmax=1)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(f"{kind.split(',')[0]}, factor {factor:g}", fontsize=7)
+        axes.set_title(f"{kind.split(',')[0]}, factor {factor:g}", fontsize=8)
         for (i, j), share in np.ndenumerate(energy):
             axes.text(
-                j, i, f"{share:.0%}", ha="center", va="center", fontsize=6, color="w" if share < 0.6 else "k"
+                j, i, f"{share:.0%}", ha="center", va="center", fontsize=7, color="w" if share < 0.6 else "k"
             )
     return figure
 
@@ -133,7 +132,7 @@ def main():
     kinds, factors, seeds = list(KINDS), FACTORS, range(1, options.seeds + 1)
     size = {"images": 5000, "epochs": 12}
     if options.quick:
-        kinds, factors, seeds, size = kinds[:1] + kinds[2:], FACTORS[::3], [1], {"images": 500, "epochs": 2}
+        kinds, factors, seeds, size = kinds[:1] + kinds[2:], FACTORS[::2], [1], {"images": 500, "epochs": 2}
     jobs = [
         {"kind": kind, "factor": factor, "seed": seed} | size
         for seed in seeds
