@@ -10,8 +10,8 @@ other depths with the learning rate divided by the depth. Test accuracies are of
 
     python examples/study_deep.py --output-dir examples/results
 
-goes on where it was stopped, prints the tables and writes study_deep.csv and study_deep.png. The runs take
-about an hour and a half on two cores; with --quick a minute.
+goes on where it was stopped, prints the tables and writes study_deep.csv, study_deep.png (accuracy) and
+study_deep_gradients.png. The runs take about an hour and a half on two cores; with --quick a minute.
 """
 
 import functools
@@ -177,31 +177,59 @@ def norms(rows, column, **wanted):
     return np.exp(np.mean(logs, 0))
 
 
+def line(method):
+    """How its line looks: coloured by penalty, thick where Algorithm 3.1 made the start."""
+    start, border, penalty = METHODS[method]
+    colors = {None: "0.3", "l2": "C1", "reshaped": "C2", "circular": "C0", "frobenius": "C3"}
+    dashes = {"glorot_normal": ":", "orthogonal": "-.", "he_normal": "--", "usual": "--"}
+    style = {"linestyle": "-", "linewidth": 2.2} if border else {"linestyle": dashes[start]}
+    return {"color": colors[penalty], "label": method} | style
+
+
 def draw(rows, depths, methods):
-    """By activation: accuracy against depth, and gradients by layer of one depth, before and after."""
-    figure = Figure(figsize=(13, 0.6 + 3.8 * len(depths)), layout="constrained")
-    panels = figure.subplots(len(depths), 3, squeeze=False)
-    whens = {"gradient_at_start": "at the start", "gradient_at_end": "at the end"}
-    for (activation, some), row in zip(depths.items(), panels, strict=True):
-        shown = some[len(some) // 2]
-        for number, method in enumerate(methods):
-            line = {"color": f"C{number}", "linestyle": ("-", "--", ":")[number % 3], "label": method}
+    """Accuracy against depth, a panel for each activation."""
+    figure = Figure(figsize=(5.2 * len(depths), 4.4), layout="constrained")
+    for axes, (activation, some) in zip(
+        np.ravel([figure.subplots(1, len(depths))]), depths.items(), strict=True
+    ):
+        for method in methods:
             found = [accuracies(rows, activation=activation, method=method, depth=depth) for depth in some]
             mean, spread = np.array([(values.mean(), values.std()) for values in found]).T
-            row[0].errorbar(some, mean, spread, capsize=3, marker=".", **line)
-            for axes, column in zip(row[1:], whens, strict=True):
-                by_layer = norms(rows, column, activation=activation, method=method, depth=shown)
-                axes.plot(range(1, len(by_layer) + 1), by_layer, **line)
-        row[0].axhline(0.1, color="0.7", zorder=0)
-        row[0].set(xscale="log", xlabel="depth", title=f"{activation}: test accuracy")
-        row[0].set_xticks(some, [str(depth) for depth in some])
-        row[0].minorticks_off()
-        for axes, when in zip(row[1:], whens.values(), strict=True):
-            axes.set(yscale="log", xlabel="layer", title=f"{activation}: gradient {when}, depth {shown}")
-            axes.set_ylim(1e-8, 1e3)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
+            axes.errorbar(some, mean, spread, capsize=3, marker=".", **line(method))
+        axes.axhline(0.1, color="0.8", zorder=0)
+        axes.set(xscale="log", xlabel="convolutions", title=f"{activation}, α = {ALPHA[activation]:g}")
+        axes.set(ylabel="test accuracy", ylim=(0, 1))
+        axes.set_xticks(some, [str(depth) for depth in some])
+        axes.minorticks_off()
+    _legend(figure)
     return figure
+
+
+def draw_gradients(rows, depths, methods):
+    """Gradients by layer of one depth, a row for each activation: before, after an epoch, at the end."""
+    figure = Figure(figsize=(13, 0.6 + 3.6 * len(depths)), layout="constrained")
+    whens = {
+        "gradient_at_start": "at the start",
+        "gradient_after_1": "after an epoch",
+        "gradient_at_end": "at the end",
+    }
+    panels = figure.subplots(len(depths), len(whens), squeeze=False, sharey=True)
+    for (activation, some), row in zip(depths.items(), panels, strict=True):
+        for axes, (column, when) in zip(row, whens.items(), strict=True):
+            for method in methods:
+                by_layer = norms(rows, column, activation=activation, method=method, depth=some[-1])
+                axes.plot(range(1, len(by_layer) + 1), by_layer, **line(method))
+            axes.set(yscale="log", xlabel="layer", title=f"{activation}, depth {some[-1]}: gradient {when}")
+            axes.set_ylim(1e-12, 1e3)
+    _legend(figure)
+    return figure
+
+
+def _legend(figure):
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=4, fontsize="small", title="penalty, start"
+    )
 
 
 def main():
@@ -250,10 +278,12 @@ def main():
     ]
     rows = run(jobs=jobs, processes=options.processes)
     draw(rows, depths, methods).savefig(figure_file, dpi=110)
+    gradients_file = figure_file.with_stem(f"{figure_file.stem}_gradients")
+    draw_gradients(rows, depths, methods).savefig(gradients_file, dpi=110)
     console = Console(width=150)
     for activation in depths:
         console.print(table(rows, activation, depths[activation], chosen[activation]))
-    console.print(f"Wrote {csv_file} and {figure_file}")
+    console.print(f"Wrote {csv_file}, {figure_file} and {gradients_file}")
 
 
 if __name__ == "__main__":

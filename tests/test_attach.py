@@ -158,6 +158,38 @@ def test_remarks_tell_which_penalties_are_not_saved(tmp_path):
     assert [float(loss) for loss in loaded.losses] == pytest.approx(expected, rel=1e-6)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class AttachesItself(keras.Model):
+    """A subclassed model whose layers are made in its code, penalties included."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.first = LAYERS.Conv2D(2, 3, padding="same", name="first")
+        self.second = LAYERS.Conv2D(3, 3, strides=2, name="second")
+
+    def build(self, input_shape):
+        self.first.build(input_shape)
+        self.second.build(self.first.compute_output_shape(input_shape))
+        super().build(input_shape)
+        attach_regularizers(self, factor=0.1)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_class_that_attaches_in_its_build_saves_loads_and_clones_the_penalties(tmp_path):
+    model = AttachesItself()
+    compiled(model).fit(np.ones((2, 6, 6, 1)), np.zeros((2, 2, 2)), verbose=0)
+    expected = [float(loss) for loss in model.losses]
+    assert len(expected) == 2
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert [float(loss) for loss in loaded.losses] == pytest.approx(expected, rel=1e-6)
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    assert [float(loss) for loss in clone.losses] == pytest.approx(expected, rel=1e-6)
+
+
 def test_detach_regularizers_from_a_loaded_model(tmp_path):
     model = small_model()
     before = [float(loss) for loss in model.losses]

@@ -95,7 +95,8 @@ def attach_regularizers(
     changes during training takes a `FactorSchedule`. Frozen layers keep their penalty, which counts only
     while they are trainable, as with every Keras regularizer; detach before `enable_lora`, which puts it on
     the factors too. Where a class of your own makes layers in its code, Keras makes them anew when it loads
-    the model, without the penalty: the report remarks which, and attaching again restores it.
+    the model, without the penalty: the report remarks which, and attaching again restores it. A class whose
+    `build` builds its layers and then attaches to itself saves, loads and clones with the same losses.
 
     Args:
         model: A built Keras model or layer: Sequential, Functional or subclassed, nested ones included.
