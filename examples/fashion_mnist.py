@@ -1,7 +1,6 @@
 """Fashion-MNIST, from a directory of its four .gz files or from `keras.datasets`, which downloads it."""
 
 import gzip
-import sys
 from pathlib import Path
 
 import keras
@@ -20,17 +19,21 @@ def read_idx(path):
 
 
 def load_data(directory=None):
-    """((images, labels) to train with, (images, labels) to test with), of bytes, 28×28."""
+    """((images, labels) to train with, (images, labels) to test with), of bytes, 28×28.
+
+    Raises:
+        FileNotFoundError: Where they are not there; the message tells where to get them.
+    """
     if directory is None and DEBIAN.is_dir():
         directory = DEBIAN
     if directory is None:
         try:
             return keras.datasets.fashion_mnist.load_data()
         except Exception as error:  # Keras raises a bare Exception where it cannot download
-            sys.exit(
+            raise FileNotFoundError(
                 f"Fashion-MNIST cannot be downloaded ({error}). Install Debian's package "
-                "dataset-fashion-mnist, or give the directory of its .gz files as --data-dir."
-            )
+                "dataset-fashion-mnist, or name the directory of its .gz files (--data-dir)."
+            ) from error
     try:
         return tuple(
             tuple(
@@ -40,4 +43,6 @@ def load_data(directory=None):
             for part in ("train", "t10k")
         )
     except (OSError, EOFError, ValueError) as error:
-        sys.exit(f"--data-dir must hold the four .gz files of Fashion-MNIST. Received: {directory} ({error})")
+        raise FileNotFoundError(
+            f"--data-dir must hold the four .gz files of Fashion-MNIST. Received: {directory} ({error})"
+        ) from error

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from fashion_mnist import load_data
 from rich.console import Console
 from rich.progress import Progress
 
@@ -36,30 +38,43 @@ def study_files(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
     return options.output_dir / f"{stem}.csv", options.output_dir / f"{stem}.png"
 
 
-def run_all(function: Callable, jobs: list[dict], path: Path, *, processes: int) -> list[dict[str, str]]:
-    """Runs `function(**job)` for each job that has no row in the file, and returns the rows of all.
+def run_all(
+    function: Callable, jobs: list[dict], path: Path, options: argparse.Namespace
+) -> list[dict[str, str]]:
+    """Runs `function(data_dir, **job)` for each job that has no row in the file, and returns the rows of all.
 
     A row holds the job and what the function returned, a dict, as text. The file is whole at any time: a
     study that was stopped goes on where it was.
     """
     rows = _read(path)
     todo = [job for job in jobs if _row_of(job, rows) is None]
+    if todo:
+        try:
+            load_data(options.data_dir)  # before many processes do: it may have to be downloaded
+        except FileNotFoundError as error:
+            raise SystemExit(str(error)) from error
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(path.stem, total=len(jobs), completed=len(jobs) - len(todo))
         # Each run on a core of its own takes less time than one run on all of them; new processes now and
         # then, as Keras leaves a little of each model behind.
         context = multiprocessing.get_context("spawn")
-        with context.Pool(processes, _on_one_core, maxtasksperchild=20) as pool:
-            for job, result in pool.imap_unordered(_call, [(function, job) for job in todo]):
+        with context.Pool(options.processes, _on_one_core, maxtasksperchild=20) as pool:
+            tasks = [(function, options.data_dir, job) for job in todo]
+            for job, result in pool.imap_unordered(_call, tasks):
                 rows.append(_texts(job | result))
                 _write(path, rows)
                 progress.advance(task)
     return [_row_of(job, rows) for job in jobs]
 
 
-def _call(function_and_job):
-    function, job = function_and_job
-    return job, function(**job)
+def values(rows: list[dict[str, str]], column: str, **wanted) -> np.ndarray:
+    """A column of the rows of one kind."""
+    return np.array([float(row[column]) for row in rows if _texts(wanted).items() <= row.items()])
+
+
+def _call(task):
+    function, data_dir, job = task
+    return job, function(data_dir, **job)
 
 
 def _on_one_core():

@@ -26,16 +26,15 @@ from fashion_mnist import load_data
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from runs import run_all, study_files, study_parser
+from runs import run_all, study_files, study_parser, values
 
 from tf_frobreg import ReshapedRegularizer, attach_regularizers, model_spectrum
 
-# name: (images, share of labels drawn at random, epochs, batch)
 TASKS = {
-    "1,000 images": (1000, 0.0, 30, 50),
-    "5,000 images": (5000, 0.0, 12, 50),
-    "55,000 images": (55000, 0.0, 3, 100),
-    "5,000, 30 % of labels random": (5000, 0.3, 12, 50),
+    "1,000 images": {"images": 1000, "random_labels": 0.0, "epochs": 30, "batch": 50},
+    "5,000 images": {"images": 5000, "random_labels": 0.0, "epochs": 12, "batch": 50},
+    "55,000 images": {"images": 55000, "random_labels": 0.0, "epochs": 3, "batch": 100},
+    "5,000, 30 % of labels random": {"images": 5000, "random_labels": 0.3, "epochs": 12, "batch": 50},
 }
 VALIDATION = 5000
 RATES = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
@@ -44,7 +43,7 @@ DECADES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 METHODS = {
     "none": (0.0,),
     "L2": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
-    "reshaped": (1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+    "reshaped": DECADES,
     "circular": DECADES,
     "Frobenius": DECADES,
 }
@@ -87,11 +86,14 @@ def training_data(data_dir, images, seed, random_labels=0.0):
     random = np.random.RandomState(seed)
     measured = (x[-VALIDATION:], y[-VALIDATION:]) if seed == 0 else test
     chosen = random.permutation(len(x) - VALIDATION)[:images]
-    x, y = x[chosen], y[chosen].copy()
-    changed = random.rand(len(y)) < random_labels
-    y[changed] = random.randint(10, size=changed.sum())
-    scaled = (part[..., None] / np.float32(255) for part in (x, measured[0]))
-    return tuple(zip(scaled, (y, measured[1]), strict=True))
+    scaled = (part[..., None] / np.float32(255) for part in (x[chosen], measured[0]))
+    return tuple(zip(scaled, (randomised(y[chosen], random_labels, random), measured[1]), strict=True))
+
+
+def randomised(labels, share, random):
+    """The labels, each drawn anew from all ten with probability `share`."""
+    changed = random.rand(len(labels)) < share
+    return np.where(changed, random.randint(10, size=len(labels)), labels)
 
 
 def fit(model, x, y, rate, epochs, batch):
@@ -118,21 +120,21 @@ def attack(model, x, y, size=0.02):
     return np.concatenate(moved)
 
 
-def train(data_dir, task, method, rate, factor, seed):
+def train(data_dir, task, method, rate, factor, seed, images, random_labels, epochs, batch):
     """One run; seed 0 is for choosing, and is measured on validation images."""
     began = time.perf_counter()
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
-    images, random_labels, epochs, batch = TASKS[task]
     (x, y), (x_measured, y_measured) = training_data(data_dir, images, seed, random_labels)
     model = penalised(method, factor)
     fit(model, x, y, rate, epochs, batch)
-    measured = accuracy(model, x_measured, y_measured)
-    noise = np.random.RandomState(seed).normal(0, 0.2, x_measured.shape).astype("float32")
+    random = np.random.RandomState(seed)
+    noise = random.normal(0, 0.2, x_measured.shape).astype("float32")
+    like_training = randomised(y_measured, random_labels, random)  # else the gap would compare two tasks
     sigma = [row.extremes.sigma_max for row in model_spectrum(model, sigma_min=False)[:-1]]
     return {
-        "accuracy": measured,
-        "gap": accuracy(model, x, y) - measured,
+        "accuracy": accuracy(model, x_measured, y_measured),
+        "gap": accuracy(model, x, y) - accuracy(model, x_measured, like_training),
         "noisy": accuracy(model, np.clip(x_measured + noise, 0, 1), y_measured),
         "attacked": accuracy(model, attack(model, x_measured, y_measured), y_measured),
         "sigma_max": " ".join(f"{value:.4g}" for value in sigma),
@@ -145,11 +147,6 @@ def best(rows, task, method):
     mine = [row for row in rows if (row["task"], row["method"]) == (task, method)]
     row = max(mine, key=lambda row: float(row["accuracy"]))
     return float(row["rate"]), float(row["factor"])
-
-
-def values(rows, column, **wanted):
-    """A column of the rows of one kind."""
-    return np.array([float(row[column]) for row in rows if all(row[n] == str(v) for n, v in wanted.items())])
 
 
 def table(rows, task, chosen):
@@ -198,11 +195,10 @@ def main():
         methods = {method: factors[-1:] for method, factors in METHODS.items()}
 
     def run(jobs):
-        function = functools.partial(train, options.data_dir)
-        return run_all(function, list(jobs), csv_file, processes=options.processes)
+        return run_all(train, list(jobs), csv_file, options)
 
     def candidate(task, method, rate, factor, seed=0):
-        return {"task": task, "method": method, "rate": rate, "factor": factor, "seed": seed}
+        return {"task": task, "method": method, "rate": rate, "factor": factor, "seed": seed} | TASKS[task]
 
     tried = run(candidate(task, "none", rate, 0.0) for task in tasks for rate in rates)
     rate_of = {task: best(tried, task, "none")[0] for task in tasks}

@@ -71,7 +71,10 @@ def main():
     output = Path(options.output_dir)
     if output.exists() and any(output.iterdir()) and not options.force:
         sys.exit(f"--output-dir is not empty; --force overwrites in it. Received: {output}")
-    train, test = load_data(options.data_dir)
+    try:
+        train, test = load_data(options.data_dir)
+    except FileNotFoundError as error:
+        sys.exit(str(error))
     if options.quick:
         train, test, options.epochs = [part[:2000] for part in train], [part[:1000] for part in test], 1
     (x, y), (x_test, y_test) = (

@@ -89,7 +89,8 @@ def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
 
 def check_memory(needed: int, what: str, instead: str) -> None:
     """Raises ValueError if `needed` bytes are more than this machine has free now."""
-    if needed > SMALL and needed > (free := _free_memory()):
+    free = _free_memory() if needed > SMALL else needed  # no :=, which AutoGraph warns of
+    if needed > free:
         raise ValueError(f"{what}: that needs {needed:,} bytes, {free:,} are free. Use {instead}.")
 
 
