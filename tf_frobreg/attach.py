@@ -56,8 +56,8 @@ class AttachReport:
     def __str__(self) -> str:
         width = max((len(name) for name in (*self.attached, *self.left_out)), default=0)
         lines = [
-            f"{name:{width}}  factor {penalty.factor:g}, α = {penalty.alpha:g}, input {_size(penalty)}, "
-            f"{penalty.geometry['padding']}" + (f"; {self.remarks[name]}" if name in self.remarks else "")
+            f"{name:{width}}  factor {penalty.factor:g}, α = {penalty.alpha:g}, {_told(penalty.geometry)}"
+            + (f"; {self.remarks[name]}" if name in self.remarks else "")
             for name, penalty in self.attached.items()
         ]
         return "\n".join(lines + [f"{name:{width}}  - {reason}" for name, reason in self.left_out.items()])
@@ -130,7 +130,7 @@ def attach_regularizers(
         ...     tf.keras.layers.Dense(10, name="top")])
         >>> report = attach_regularizers(model, factor=0.01, reduction="mean", exclude="top")
         >>> print(report)
-        conv  factor 0.01, α = 1, input 28×28, valid
+        conv  factor 0.01, α = 1, input 28×28, valid, strides 2×2
         top   - excluded
         >>> len(model.losses)
         1
@@ -312,9 +312,19 @@ def _forget_traces(model):
             setattr(model, name, None)
 
 
-def _size(penalty):
-    size = penalty.geometry["input_size"]
-    return _shape(size if isinstance(size, list) else [size]) or "-"
+def _told(geometry):
+    """A geometry in words; what is 1 is left out."""
+    if not geometry["input_size"]:
+        return "Dense"
+    words = [f"input {_shape(geometry['input_size'])}", geometry["padding"]]
+    for name in ("strides", "dilation_rate"):
+        if set(geometry[name]) != {1}:
+            words.append(f"{name} {_shape(geometry[name])}")
+    if geometry["groups"] != 1:
+        words.append(f"{geometry['groups']} groups")
+    if geometry["kind"] != "conv":
+        words.append(geometry["kind"])
+    return ", ".join(words)
 
 
 def _shape(sizes):
