@@ -48,11 +48,12 @@ def run_all(
     """
     rows = _read(path)
     todo = [job for job in jobs if _row_of(job, rows) is None]
-    if todo:
-        try:
-            load_data(options.data_dir)  # before many processes do: it may have to be downloaded
-        except FileNotFoundError as error:
-            raise SystemExit(str(error)) from error
+    if not todo:
+        return [_row_of(job, rows) for job in jobs]
+    try:
+        load_data(options.data_dir)  # before many processes do: it may have to be downloaded
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from error
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(path.stem, total=len(jobs), completed=len(jobs) - len(todo))
         # Each run on a core of its own takes less time than one run on all of them; new processes now and

@@ -193,10 +193,10 @@ def norms(rows, column, **wanted):
 def line(method):
     """How its line looks: coloured by penalty, thick where Algorithm 3.1 made the start."""
     start, border, penalty = METHODS[method]
-    colors = {None: "0.3", "l2": "C1", "reshaped": "C2", "circular": "C0", "frobenius": "C3"}
-    dashes = {"glorot_normal": ":", "orthogonal": "-.", "he_normal": "--", "usual": "--"}
-    style = {"linestyle": "-", "linewidth": 2.2} if border else {"linestyle": dashes[start]}
-    return {"color": colors[penalty], "label": method} | style
+    colors = {"l2": "C1", "reshaped": "C2", "circular": "C0", "frobenius": "C3", "normalisation": "C4"}
+    dashes = {"glorot_normal": ":", "orthogonal": "-.", "delta": "-"}
+    style = {"linewidth": 2.2} if border else {"linestyle": dashes.get(start, "--")}
+    return {"color": colors.get(penalty, "0.3"), "label": method} | style
 
 
 def draw(rows, depths, methods):
@@ -261,7 +261,12 @@ def main():
     )
     if options.quick:
         size, seeds, depths, first, tries = {"epochs": 1, "images": 500}, [1], {"relu": (5, 10)}, 10, 2
-        methods = ["none, He", "Frobenius, Algorithm 3.1"]
+        methods = [
+            "none, He",
+            "none, delta-orthogonal",
+            "none, usual, batch norm.",
+            "Frobenius, Algorithm 3.1",
+        ]
 
     def job(activation, depth, method, rate, factor, seed=0):
         names = ("activation", "depth", "method", "rate", "factor", "seed")
