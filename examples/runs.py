@@ -73,6 +73,11 @@ def values(rows: list[dict[str, str]], column: str, **wanted) -> np.ndarray:
     return np.array([float(row[column]) for row in rows if _texts(wanted).items() <= row.items()])
 
 
+def in_points(differences: np.ndarray) -> str:
+    """Mean ± standard deviation of differences of shares between runs of the same seeds, in points."""
+    return f"{100 * differences.mean():+.2f} ± {100 * differences.std():.2f}"
+
+
 def _call(task):
     function, data_dir, job = task
     return job, function(data_dir, **job)

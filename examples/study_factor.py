@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from runs import run_all, study_files, study_parser, values
+from runs import in_points, run_all, study_files, study_parser, values
 from study_generalization import accuracy, build, fit, training_data
 
 from tf_frobreg import attach_regularizers, model_spectrum
@@ -66,8 +66,9 @@ def train(data_dir, kind, factor, seed, images, epochs):
 def table(rows, kinds, factors):
     """Means and standard deviations over the seeds."""
     found = Table(title="Third convolution, 3×3×16×16; mean ± standard deviation over the seeds")
-    for name in ("kind", "factor", "test accuracy", "σmax", "σmin", "energy in the centre tap"):
-        found.add_column(name, justify="left" if name == "kind" else "right")
+    names = ("test accuracy", "points more than with 0", "σmax", "σmin", "energy in the centre tap")
+    for name in ("kind", "factor", *names):
+        found.add_column(name, justify="left" if name == "kind" else "right", no_wrap=name == "kind")
     for kind in kinds:
         for factor in factors:
             cells = [
@@ -78,9 +79,9 @@ def table(rows, kinds, factors):
                 )
             ]
             texts = ["{:.1%} ± {:.1%}", "{:.2f} ± {:.2f}", "{:.2f} ± {:.2f}", "{:.0%} ± {:.0%}"]
-            found.add_row(
-                kind, f"{factor:g}", *(text.format(*cell) for text, cell in zip(texts, cells, strict=True))
-            )
+            accuracy, *others = (text.format(*cell) for text, cell in zip(texts, cells, strict=True))
+            own, plain = (values(rows, "accuracy", kind=kind, factor=one) for one in (factor, factors[0]))
+            found.add_row(kind, f"{factor:g}", accuracy, in_points(own - plain), *others)
         found.add_section()
     return found
 

@@ -26,7 +26,7 @@ from fashion_mnist import load_data
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from runs import run_all, study_files, study_parser, values
+from runs import in_points, run_all, study_files, study_parser, values
 
 from tf_frobreg import ReshapedRegularizer, attach_regularizers, model_spectrum
 
@@ -150,37 +150,50 @@ def best(rows, task, method):
 
 
 def table(rows, task, chosen):
-    """Means and standard deviations over the seeds."""
-    found = Table(title=f"{task}: mean ± standard deviation over the seeds")
+    """Means and standard deviations over the seeds, of each accuracy and of its difference from "none"."""
+    found = Table(title=f"{task}: mean ± standard deviation; below, points more than none")
     found.add_column("penalty")
     for name in ("rate", "factor", *COLUMNS.values()):
         found.add_column(name, justify="right")
     for method, (rate, factor) in chosen.items():
-        cells = [values(rows, column, task=task, method=method) for column in COLUMNS]
-        texts = (f"{cell.mean():.1%} ± {cell.std():.1%}" for cell in cells)
+        texts = []
+        for column in COLUMNS:
+            plain, own = (values(rows, column, task=task, method=name) for name in ("none", method))
+            text = f"{own.mean():.1%} ± {own.std():.1%}"
+            texts.append(text if method == "none" else f"{text}\n{in_points(own - plain)}")
         found.add_row(method, f"{rate:g}", f"{factor:g}" if factor else "", *texts)
     return found
 
 
-def draw(rows, chosen):
-    """The four accuracies of each task as bars."""
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    for axes, (column, label) in zip(figure.subplots(1, len(COLUMNS)), COLUMNS.items(), strict=True):
+def draw(rows, tried, chosen):
+    """The four accuracies of each task as bars; below, what accuracy the attack left at which price."""
+    figure = Figure(figsize=(13, 7.6), layout="constrained")
+    panels, below = figure.subplots(2, len(COLUMNS))
+    for axes, task in zip(below, chosen, strict=False):
+        for number, method in enumerate(METHODS):
+            mine = [row for row in tried if (row["task"], row["method"]) == (task, method)]
+            mine.sort(key=lambda row: (float(row["factor"]), float(row["rate"])))
+            price = [[float(row[column]) for row in mine] for column in ("accuracy", "attacked")]
+            axes.plot(*price, "o-", markersize=4, color=f"C{number}")
+        axes.set(title=f"{task}:\nall that was tried", xlabel="validation accuracy", ylabel="under FGSM")
+    for axes in below[len(chosen) :]:
+        axes.set_axis_off()
+    for axes, (column, label) in zip(panels, COLUMNS.items(), strict=True):
         for number, method in enumerate(METHODS):
             cells = [values(rows, column, task=task, method=method) for task in chosen]
             places = np.arange(len(chosen)) + 0.16 * (number - 2)
             means, spreads = [cell.mean() for cell in cells], [cell.std() for cell in cells]
             axes.bar(places, means, 0.15, yerr=spreads, capsize=2, color=f"C{number}", label=method)
         axes.set_title(label)
-        names = [task.replace(" images", "\nimages").replace(", 30 %", ",\n30 %") for task in chosen]
-        axes.set_xticks(
-            range(len(chosen)), [name.replace("labels ", "labels\n") for name in names], fontsize=8
-        )
+        names = [
+            task.replace(" images", "\nimages").replace(", 30 % of labels", ",\n30 %\n") for task in chosen
+        ]
+        axes.set_xticks(range(len(chosen)), names, fontsize=8)
         lowest = min(
             values(rows, column, task=task, method=method).min() for task in chosen for method in METHODS
         )
         axes.set_ylim(bottom=max(0, lowest - 0.05) if column != "gap" else None)
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
 
@@ -215,7 +228,7 @@ def main():
         for task in tasks
         for method in methods
     )
-    draw(rows, chosen).savefig(figure_file, dpi=110)
+    draw(rows, tried, chosen).savefig(figure_file, dpi=110)
     console = Console(width=120)
     for task in tasks:
         console.print(table(rows, task, chosen[task]))
