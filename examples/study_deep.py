@@ -134,7 +134,7 @@ def train(data_dir, activation, depth, method, rate, factor, seed, epochs, image
         )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     decay = keras.optimizers.schedules.CosineDecay(rate * RATE_DEPTH / depth, epochs * len(x) // 100)
-    # XLA takes twice as long for a step on these small images, and for a start
+    # XLA takes twice as long for a step on these small images, and longer to start
     model.compile(keras.optimizers.Adam(decay), loss, metrics=["accuracy"], jit_compile=False)
     norms = [gradient_norms(model, x[:500], y[:500])]
     accuracies = []
