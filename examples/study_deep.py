@@ -15,7 +15,7 @@ orthogonal start do not reckon with: that is what M knows and the kernel does no
     python examples/study_deep.py --output-dir examples/results
 
 goes on where it was stopped, prints the tables and writes study_deep.csv, study_deep.png (accuracy) and
-study_deep_gradients.png. The runs take about two hours on two cores; with --quick a minute.
+study_deep_gradients.png. The runs take two to three hours on two cores; --quick is a short look.
 """
 
 import itertools
