@@ -4,6 +4,7 @@ import argparse
 import csv
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +13,17 @@ from fashion_mnist import load_data
 from rich.console import Console
 from rich.progress import Progress
 
+SEEDS = 5
+
 
 def study_parser(description: str) -> argparse.ArgumentParser:
     """The options that all studies have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="for the runs' .csv and the figure")
+    parser.add_argument("--output-dir", type=Path, required=True, help="for the runs' .csv and the figures")
     parser.add_argument("--data-dir", help="directory of Fashion-MNIST's .gz files; else keras.datasets")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind (default: 5)")
+    parser.add_argument("--seeds", type=int, help=f"runs of each kind (default: {SEEDS}; with --quick 1)")
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)"
     )
@@ -29,13 +32,23 @@ def study_parser(description: str) -> argparse.ArgumentParser:
 
 
 def study_files(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
-    """(the file of the runs, that of the figure); the directory is made."""
+    """(the file of the runs, that of the figure); checks the options and makes the directory."""
+    usual = 1 if options.quick else SEEDS
+    options.seeds = usual if options.seeds is None else options.seeds
     for number in ("seeds", "processes"):
         if getattr(options, number) < 1:
             raise SystemExit(f"--{number} must be at least 1. Received: {getattr(options, number)}")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(
+            f"--output-dir must be a directory or one that can be made ({error.strerror}). "
+            f"Received: {options.output_dir}"
+        ) from error
     stem = f"{name}_quick" if options.quick else name
-    return options.output_dir / f"{stem}.csv", options.output_dir / f"{stem}.png"
+    # The runs of all numbers of seeds share a file; a figure of fewer does not replace one of more.
+    of_seeds = "" if options.seeds == usual else f"_{options.seeds}_seeds"
+    return options.output_dir / f"{stem}.csv", options.output_dir / f"{stem}{of_seeds}.png"
 
 
 def run_all(
@@ -46,7 +59,7 @@ def run_all(
     A row holds the job and what the function returned, a dict, as text. The file is whole at any time: a
     study that was stopped goes on where it was.
     """
-    rows = _read(path)
+    rows = _read(path, jobs[0] if jobs else {})
     todo = [job for job in jobs if _row_of(job, rows) is None]
     if not todo:
         return [_row_of(job, rows) for job in jobs]
@@ -61,10 +74,14 @@ def run_all(
         context = multiprocessing.get_context("spawn")
         with context.Pool(options.processes, _on_one_core, maxtasksperchild=20) as pool:
             tasks = [(function, options.data_dir, job) for job in todo]
-            for job, result in pool.imap_unordered(_call, tasks):
-                rows.append(_texts(job | result))
-                _write(path, rows)
-                progress.advance(task)
+            try:
+                for job, result in pool.imap_unordered(_call, tasks):
+                    rows.append(_texts(job | result))
+                    _write(path, rows)
+                    progress.advance(task)
+            except KeyboardInterrupt:
+                message = f"Stopped. {path} has {len(rows)} runs; the same command goes on from there."
+                raise SystemExit(message) from None
     return [_row_of(job, rows) for job in jobs]
 
 
@@ -84,6 +101,7 @@ def _call(task):
 
 
 def _on_one_core():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has the results
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
@@ -100,11 +118,26 @@ def _row_of(job, rows):
     return next((row for row in rows if wanted.items() <= row.items()), None)
 
 
-def _read(path):
+def _read(path, job):
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except UnicodeDecodeError:
+        raise _unfit(path, "it is not text") from None
+    missing = [name for name in job if name not in (reader.fieldnames or ())]
+    if missing:
+        raise _unfit(path, f"it has no column {', '.join(missing)}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise _unfit(path, f"line {number} has too many or too few values")
+    return rows
+
+
+def _unfit(path, problem):
+    return SystemExit(f"{path} does not hold the runs of this study: {problem}. Mend it or move it away.")
 
 
 def _write(path, rows):

@@ -205,6 +205,25 @@ def test_studies_run_and_go_on(study, tmp_path):
     assert (tmp_path / f"{study}_quick.csv").read_bytes() == runs
 
 
+def test_study_says_what_is_wrong(tmp_path):
+    def error(*arguments, output=tmp_path):
+        return run("study_factor.py", "--quick", "--output-dir", output, *arguments, status=1).stderr
+
+    assert "--seeds must be at least 1. Received: 0" in error("--seeds", 0)
+    assert "--data-dir must hold the four .gz files" in error("--data-dir", tmp_path)
+    file = tmp_path / "study_factor_quick.csv"
+    header = "kind,factor,seed,images,epochs,accuracy\n"
+    for content, message in [
+        (b"\xff\xfe\x00", "it is not text"),
+        (b"name,price\nx,1\n", "it has no column kind, factor, seed, images, epochs"),
+        (f"{header}a,0.1,1,500,2,0.5\na,0.1,2\n".encode(), "line 3 has too many or too few values"),
+    ]:
+        file.write_bytes(content)
+        assert message in error()
+        assert file.read_bytes() == content
+    assert "--output-dir must be a directory or one that can be made" in error(output=file)
+
+
 @pytest.mark.parametrize(
     "figure", sorted((ROOT / "examples" / "results").glob("study_*.png")), ids=lambda path: path.stem
 )
