@@ -123,7 +123,7 @@ def train(data_dir, activation, depth, method, rate, factor, seed, epochs, image
     """One run; seeds up to 0 are for choosing, and measured on validation images."""
     began = time.perf_counter()
     keras.backend.clear_session()
-    keras.utils.set_random_seed(seed % 2**32)
+    keras.utils.set_random_seed(seed % 2**32)  # which takes none below 0
     (x, y), test = load_data(data_dir)
     (x, y), measured = (x[:images], y[:images]), (x[-2000:], y[-2000:]) if seed <= 0 else test
     x, x_measured = ((part[..., None] / np.float32(255) - 0.286) / 0.353 for part in (x, measured[0]))

@@ -194,7 +194,7 @@ def table(rows, task, chosen):
 
 
 def draw(rows, tried, chosen):
-    """The four accuracies of each task as bars; below, what accuracy the attack left at which price."""
+    """The four accuracies of each task; below, what accuracy the attack left at which price."""
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     panels, below = figure.subplots(2, len(COLUMNS))
     colors = dict(zip(METHODS, ("0.2", "0.6", "C1", "C2", "C0", "C3"), strict=True))
@@ -204,12 +204,10 @@ def draw(rows, tried, chosen):
             mine.sort(key=lambda row: (float(row["factor"]), float(row["rate"])))
             price = [[float(row[column]) for row in mine] for column in ("accuracy", "attacked")]
             axes.plot(*price, "o-", markersize=4, color=color)
-            for row in mine[-1:] if method != "none" else (mine[0], mine[-1]):
-                text, place = (
-                    row["factor" if float(row["factor"]) else "rate"],
-                    (row["accuracy"], row["attacked"]),
-                )
-                axes.annotate(f"{float(text):g}", np.array(place, float), fontsize=7, color=color)
+            for row in (mine[0], mine[-1]) if method == "none" else mine[-1:]:
+                knob = float(row["rate" if method == "none" else "factor"])
+                place = float(row["accuracy"]), float(row["attacked"])
+                axes.annotate(f"{knob:g}", place, fontsize=7, color=color)
         axes.set(title=f"{task}:\nall that was tried", xlabel="validation accuracy", ylabel="under FGSM")
         axes.locator_params(axis="x", nbins=5)
     for axes in below[len(chosen) :]:
