@@ -4,9 +4,12 @@ import csv
 import gzip
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -18,7 +21,10 @@ from tf_frobreg.cli import main
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ["study_deep", "study_generalization", "study_factor"]
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+with_data = pytest.mark.skipif(
+    not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
+)
 
 
 def run(script, *arguments, status=0):
@@ -33,17 +39,7 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
-@pytest.fixture(
-    params=[
-        "made up",
-        pytest.param(
-            "real",
-            marks=pytest.mark.skipif(
-                not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
-            ),
-        ),
-    ]
-)
+@pytest.fixture(params=["made up", pytest.param("real", marks=with_data)])
 def data_dir(request, tmp_path):
     if request.param == "real":
         return FASHION_MNIST
@@ -192,9 +188,7 @@ def test_two_workers_have_the_losses_of_one(tmp_path):
     assert "--save must be a .keras file that does not exist" in run(*command, status=2).stderr
 
 
-@pytest.mark.skipif(
-    not FASHION_MNIST.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
-)
+@with_data
 @pytest.mark.parametrize("study", STUDIES)
 def test_studies_run_and_go_on(study, tmp_path):
     command = [f"{study}.py", "--quick", "--data-dir", FASHION_MNIST, "--output-dir", tmp_path]
@@ -203,6 +197,34 @@ def test_studies_run_and_go_on(study, tmp_path):
     assert (tmp_path / f"{study}_quick.png").stat().st_size > 10_000
     assert run(*command).stdout == printed  # from the file, without a run
     assert (tmp_path / f"{study}_quick.csv").read_bytes() == runs
+
+
+@with_data
+def test_stopped_study_keeps_its_runs(tmp_path):
+    script = ROOT / "examples" / "study_factor.py"
+    file = tmp_path / "study_factor_quick.csv"
+    study = subprocess.Popen(
+        [sys.executable, script, "--quick", "--data-dir", FASHION_MNIST, "--output-dir", tmp_path],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background has none
+    )
+    while not file.exists() and study.poll() is None:
+        time.sleep(0.05)
+    study.send_signal(signal.SIGINT)
+    _, stderr = study.communicate()
+    assert study.returncode == 1
+    with file.open(newline="") as rows:
+        kept = len(list(csv.DictReader(rows)))
+    assert kept
+    assert f"has {kept} runs; the same command goes on from there." in " ".join(stderr.split())
+    assert "Traceback" not in stderr
+
+
+def test_study_of_fewer_seeds_replaces_no_figure(tmp_path):
+    shutil.copy(ROOT / "examples" / "results" / "study_factor.csv", tmp_path)
+    run("study_factor.py", "--seeds", 4, "--data-dir", tmp_path, "--output-dir", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"study_factor.csv", "study_factor_4_seeds.png"}
 
 
 def test_study_says_what_is_wrong(tmp_path):
