@@ -16,7 +16,7 @@ which He's and the orthogonal start do not reckon with: that is what M knows and
     python examples/study_deep.py --output-dir examples/results
 
 goes on where it was stopped, prints the tables and writes study_deep.csv, study_deep.png (accuracy) and
-study_deep_gradients.png. The runs take three to four hours on two cores; with --quick a minute.
+study_deep_gradients.png. The runs take about five hours on two cores; with --quick a minute.
 """
 
 import itertools
@@ -55,6 +55,8 @@ METHODS = {
     "circular, usual": ("usual", None, "circular"),
     "Frobenius, usual": ("usual", None, "frobenius"),
     "none, Algorithm 3.1": ("usual", "same", None),
+    "L2, Algorithm 3.1": ("usual", "same", "l2"),
+    "reshaped, Algorithm 3.1": ("usual", "same", "reshaped"),
     "circular, Algorithm 3.1": ("usual", "circular", "circular"),
     "Frobenius, Algorithm 3.1": ("usual", "same", "frobenius"),
 }
