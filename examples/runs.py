@@ -80,6 +80,8 @@ def run_all(
                     _write(path, rows)
                     progress.advance(task)
             except KeyboardInterrupt:
+                if rows:
+                    _write(path, rows)  # which it may have come in the midst of
                 message = f"Stopped. {path} has {len(rows)} runs; the same command goes on from there."
                 raise SystemExit(message) from None
     return [_row_of(job, rows) for job in jobs]

@@ -207,7 +207,8 @@ def test_stopped_study_keeps_its_runs(tmp_path):
         [sys.executable, script, "--quick", "--data-dir", FASHION_MNIST, "--output-dir", tmp_path],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background has none
+        # a job in the background of a shell ignores it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while not file.exists() and study.poll() is None:
         time.sleep(0.05)
