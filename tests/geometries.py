@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from hypothesis import strategies as st
 
-from tf_frobreg.convolution import KINDS, PADDINGS
+from tf_frobreg.convolution.geometry import KINDS, PADDINGS
 
 
 @dataclasses.dataclass(frozen=True)

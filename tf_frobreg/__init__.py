@@ -1,73 +1,58 @@
-"""Keeps the singular values of convolution layers near √α by penalising ‖MᵀM − αI‖²_F exactly."""
+"""Keeps the singular values of convolution layers near √α by penalising ‖MᵀM − αI‖²_F exactly.
 
-import os
+The public names are listed in `tf_frobreg.api`. They are imported at their first use, and TensorFlow with
+them, so that `tf-frobreg --help` answers at once.
+"""
+
+import importlib
+import importlib.abc
 import sys
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from tf_frobreg.api import *  # noqa: F403
 
-# The command line answers --help without waiting seconds for TensorFlow. Everybody else gets the whole
-# package at once: Keras can load a saved regularizer only where its class has been imported.
-_run_as_module = sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__
-_run_as_script = os.path.basename(sys.argv[0] if sys.argv else "").removesuffix(".exe") == "tf-frobreg"
+__version__ = "0.2.0"
 
-if not (_run_as_module or _run_as_script):
-    from tf_frobreg.attach import AttachReport, attach_regularizers, detach_regularizers
-    from tf_frobreg.callbacks import FactorSchedule, SingularValueMonitor
-    from tf_frobreg.descent import DescentResult, StopReason, regularize_kernel
-    from tf_frobreg.extremes import condition_number, extreme_singular_values, spectral_norm
-    from tf_frobreg.initializers import FrobeniusInitializer
-    from tf_frobreg.models import KernelSpectrum, ModelDescent, model_spectrum, regularize_model
-    from tf_frobreg.penalty import frobenius_gradient, frobenius_penalty, penalty_excess, penalty_floor
-    from tf_frobreg.plotting import plot_convergence, plot_spectrum
-    from tf_frobreg.projection import SingularValueClip, clip_singular_values
-    from tf_frobreg.regularizers import (
-        FrobeniusRegularizer,
-        ReshapedRegularizer,
-        SpectralRegularizer,
-        SumRegularizer,
-    )
-    from tf_frobreg.reshaped import reshaped_penalty
-    from tf_frobreg.search import ExtremeSingularValues
-    from tf_frobreg.spectral import spectral_penalty
-    from tf_frobreg.spectrum import singular_values
-    from tf_frobreg.steps import paper_schedule
-    from tf_frobreg.toeplitz import index_set, toeplitz_indices, transformation_matrix
 
-__all__ = [
-    "AttachReport",
-    "DescentResult",
-    "ExtremeSingularValues",
-    "FactorSchedule",
-    "FrobeniusInitializer",
-    "FrobeniusRegularizer",
-    "KernelSpectrum",
-    "ModelDescent",
-    "ReshapedRegularizer",
-    "SingularValueClip",
-    "SingularValueMonitor",
-    "SpectralRegularizer",
-    "StopReason",
-    "SumRegularizer",
-    "attach_regularizers",
-    "clip_singular_values",
-    "condition_number",
-    "detach_regularizers",
-    "extreme_singular_values",
-    "frobenius_gradient",
-    "frobenius_penalty",
-    "index_set",
-    "model_spectrum",
-    "paper_schedule",
-    "penalty_excess",
-    "penalty_floor",
-    "plot_convergence",
-    "plot_spectrum",
-    "regularize_kernel",
-    "regularize_model",
-    "reshaped_penalty",
-    "singular_values",
-    "spectral_norm",
-    "spectral_penalty",
-    "toeplitz_indices",
-    "transformation_matrix",
-]
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") and name != "__all__":  # asked for by tools, which must not load TensorFlow
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    api = importlib.import_module("tf_frobreg.api")
+    if not hasattr(api, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+class _RegisterOnceKerasIsImported(importlib.abc.MetaPathFinder):
+    """Imports the public names as soon as Keras has been imported.
+
+    Keras can load a saved regularizer only if its class has been registered, and `import tf_frobreg` alone
+    must be enough for that.
+    """
+
+    def find_spec(self, fullname, path, target=None):
+        if fullname != "keras":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                sys.meta_path.remove(self)
+                importlib.import_module("tf_frobreg.api")
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if "keras" in sys.modules:
+    importlib.import_module("tf_frobreg.api")
+else:
+    sys.meta_path.insert(0, _RegisterOnceKerasIsImported())

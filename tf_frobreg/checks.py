@@ -1,18 +1,16 @@
-"""What arguments have to be, and the errors that name the one that is not."""
+"""Checks of arguments, with errors that name the argument. Free of TensorFlow."""
 
 import math
 import operator
 import os
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-__all__ = ["as_kernel", "check_accuracy", "check_flag", "check_integer", "check_memory", "check_number"]
-
-LARGEST = 2**31 - 1  # of any size or count
-SMALL = 1 << 24  # bytes that are always there: asking the system takes longer than small penalties
+LARGEST_INTEGER = 2**31 - 1
+ALWAYS_FREE = 1 << 24  # bytes. Asking the system takes longer than computing a small penalty
 
 
 def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False) -> float:
@@ -42,54 +40,41 @@ def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
         raise TypeError(f"{name} must be an integer. Received: {_received(name, value)}") from None
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}. Received: {_received(name, value)}")
-    if number > LARGEST:
-        raise ValueError(f"{name} must be at most {LARGEST}. Received: {_received(name, value)}")
+    if number > LARGEST_INTEGER:
+        raise ValueError(f"{name} must be at most {LARGEST_INTEGER}. Received: {_received(name, value)}")
     return number
 
 
 def check_accuracy(accuracy: Any) -> float:
     """Returns a relative accuracy as a plain float, or raises."""
-    accuracy = check_number("accuracy", accuracy, exclusive=True)
-    if accuracy >= 1:
-        raise ValueError(f"accuracy must be below 1. Received: accuracy={accuracy}")
-    return accuracy
+    number = check_number("accuracy", accuracy, exclusive=True)
+    if number >= 1:
+        raise ValueError(f"accuracy must be below 1. Received: accuracy={number}")
+    return number
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Returns `value`, or raises naming the argument where it is no bool."""
+    """Returns `value` as a plain bool, or raises naming the argument."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False. Received: {_received(name, value)}")
     return bool(value)
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Returns `value` if it is one of the choices, or raises naming the argument."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}. Received: {_received(name, value)}")
+    return value
+
+
 def _received(name: str, value: Any) -> str:
-    """name=value on one line, long values shortened."""
+    """name=value on one line. Long values are shortened."""
     return f"{name}={' '.join(reprlib.repr(value).split())}"
-
-
-def as_kernel(kernel, *, check_finite: bool = True) -> tf.Tensor:
-    """Returns `kernel` as a tensor, or raises if it is not of (finite) floats."""
-    try:
-        tensor = tf.convert_to_tensor(kernel)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"kernel must be an array of float32 or float64. Received: a {type(kernel).__name__}"
-            + (f" of dtype {kernel.dtype}" if isinstance(kernel, np.ndarray) else "")
-        ) from error
-    if not isinstance(tensor, tf.Tensor):
-        raise TypeError(f"kernel must be a dense array. Received: a {type(kernel).__name__}")
-    if tensor.dtype not in (tf.float32, tf.float64):
-        raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={tensor.dtype.name}")
-    if check_finite and tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():
-        raise ValueError(
-            f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tensor.shape}"
-        )
-    return tensor
 
 
 def check_memory(needed: int, what: str, instead: str) -> None:
     """Raises ValueError if `needed` bytes are more than this machine has free now."""
-    free = _free_memory() if needed > SMALL else needed  # no :=, which AutoGraph warns of
+    free = _free_memory() if needed > ALWAYS_FREE else needed  # AutoGraph warns of :=
     if needed > free:
         raise ValueError(f"{what}: that needs {needed:,} bytes, {free:,} are free. Use {instead}.")
 
@@ -98,10 +83,7 @@ def _free_memory() -> int:
     try:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (
-        OSError,
-        StopIteration,
-    ):  # not Linux: half of what is installed, or of 8 GiB
+    except (OSError, StopIteration):  # not Linux: half of the installed memory, or of 8 GiB
         installed = 8 << 30
         if hasattr(os, "sysconf"):
             installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

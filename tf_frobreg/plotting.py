@@ -9,9 +9,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from tf_frobreg.checks import check_number
-from tf_frobreg.descent import DescentResult
-from tf_frobreg.models import KernelSpectrum
-from tf_frobreg.search import ExtremeSingularValues
+from tf_frobreg.descent.algorithm_3_1 import DescentResult
+from tf_frobreg.spectrum.extremes import ExtremeSingularValues
+from tf_frobreg.spectrum.kernel_report import KernelSpectrum
 
 __all__ = ["plot_convergence", "plot_gradient_norms", "plot_spectrum", "plot_training"]
 

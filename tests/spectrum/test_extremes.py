@@ -1,0 +1,285 @@
+"""σmax and σmin against all singular values, and against what the searches cannot see."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from geometries import CIRCULAR_CASES, KERAS_CASES, Case, label
+from ids import stable_id
+
+import tf_frobreg.spectrum.extreme_search
+import tf_frobreg.spectrum.extremes
+from tf_frobreg import (
+    condition_number,
+    extreme_singular_values,
+    regularize_kernel,
+    singular_values,
+    spectral_norm,
+)
+
+LARGER_CASES = [
+    Case((3, 3, 3, 6), (12, 12)),
+    Case((3, 3, 6, 3), (12, 10), padding="valid"),
+    Case((3, 3, 4, 4), (11, 12), padding="circular"),
+    Case((3, 3, 4, 6), (17, 16), strides=2),
+    Case((3, 3, 2, 8), (9, 10), groups=2),
+    Case((3, 3, 5, 2), (9, 10), kind="depthwise"),
+    Case((3, 3, 3, 6), (9, 8), strides=2, kind="transpose"),
+    Case((5, 4, 6), (80,), dilation_rate=2),
+    Case((3, 3, 3, 2, 3), (5, 6, 5)),
+    Case((70, 50), ()),
+]
+
+
+def normal(*shape, seed=1):
+    return np.random.RandomState(seed).randn(*shape)
+
+
+@pytest.fixture(params=["sparse", "convolutions"])
+def searched(request, monkeypatch):
+    """Small layers go through the search that large ones need."""
+    monkeypatch.setattr(tf_frobreg.spectrum.extremes, "DENSE_ROWS", 5)
+    monkeypatch.setattr(tf_frobreg.spectrum.extremes, "FREQUENCY_WORK", 0)
+    monkeypatch.setattr(tf_frobreg.spectrum.extremes, "RESCUE_ROWS", 0)
+    if request.param == "convolutions":
+        monkeypatch.setattr(tf_frobreg.spectrum.extreme_search, "SPARSE_ENTRIES", 0)
+    return request.param
+
+
+def check_bounds(found, sigma, accuracy=1e-4):
+    """Some σ lies within each bound; where the accuracy was reached, the outermost one lies within that."""
+    rounding = 1e-7 * sigma[0]  # of a σmin near 0
+
+    def within(low, high):
+        return ((low - rounding <= sigma) & (sigma <= high + rounding)).any()
+
+    assert found.sigma_max <= sigma[0] + rounding
+    assert found.sigma_min >= sigma[-1] - rounding
+    assert within(found.sigma_max - found.sigma_max_error, found.sigma_max + found.sigma_max_error)
+    assert within(found.sigma_min - found.sigma_min_error, found.sigma_min + found.sigma_min_error)
+    assert found.converged or accuracy < 1e-4  # many σ² near 0 can be more than the iterations tell apart
+    if found.sigma_max_converged:
+        assert found.sigma_max_error <= 1.01 * accuracy * sigma[0] + rounding
+        assert sigma[0] - found.sigma_max <= accuracy * sigma[0] + rounding
+    if found.sigma_min_converged:
+        assert found.sigma_min_error <= 1.01 * accuracy**0.5 * sigma[0] + rounding
+    if accuracy >= 1e-4:  # of several σ² far below the residual it may find another one than the smallest
+        assert found.sigma_min - sigma[-1] <= accuracy**0.5 * sigma[0] + rounding
+
+
+@pytest.mark.parametrize(
+    "case", [*LARGER_CASES, *(case for case in KERAS_CASES + CIRCULAR_CASES if case.image)], ids=label
+)
+@pytest.mark.parametrize("accuracy", [1e-4, 1e-7])
+def test_extremes_are_the_ends_of_the_spectrum(case, accuracy, searched):
+    kernel = case.kernel()
+    sigma = singular_values(kernel, case.image, **case.geometry)
+    if sigma.size <= tf_frobreg.spectrum.extremes.DENSE_ROWS:
+        return  # too small to be searched
+    found = extreme_singular_values(kernel, case.image, accuracy=accuracy, **case.geometry)
+    assert found.vectors is not None
+    check_bounds(found, sigma, accuracy)
+
+
+@pytest.mark.parametrize("case", [*KERAS_CASES, *CIRCULAR_CASES, *LARGER_CASES], ids=label)
+def test_small_layers_are_exact(case):
+    kernel = case.kernel()
+    sigma = singular_values(kernel, case.image, accuracy=1e-14, **case.geometry)
+    found = extreme_singular_values(kernel, case.image, **case.geometry)
+    if sigma.size <= tf_frobreg.spectrum.extremes.DENSE_ROWS:
+        assert found[:2] == pytest.approx((sigma[0], sigma[-1]), rel=1e-6, abs=1e-8 * sigma[0])
+        assert found.sigma_max_error <= 1.01e-8 * sigma[0]
+        assert found.vectors is None
+    check_bounds(found, sigma)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3, 6), (3, 3, 6, 3), (3, 3, 8, 8)], ids=stable_id)
+@pytest.mark.parametrize("steps", [1, 20, 100, 300])
+def test_extremes_of_regularized_kernels(shape, steps, searched):
+    """In a tight spectrum θ of a random vector is close to some σ²: the search must not stop there."""
+    kernel = regularize_kernel(normal(*shape), 12, tolerance=0.0, max_steps=steps).kernel
+    sigma = singular_values(kernel, 12)
+    spread = np.std(sigma**2)
+    found = extreme_singular_values(kernel, 12)
+    check_bounds(found, sigma)
+    assert sigma[0] ** 2 - found.sigma_max**2 <= 0.1 * spread
+    assert found.sigma_min**2 - sigma[-1] ** 2 <= 0.1 * spread + 1e-12
+
+
+def test_a_large_layer_whose_spectrum_is_known():
+    """3×3×64×64 at 32×32 has 65,536 singular values; without a border a Fourier transform tells them all."""
+    kernel = normal(3, 3, 64, 64) / 24
+    sigma = singular_values(kernel, 32, padding="circular")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf_frobreg.spectrum.extremes, "FREQUENCY_WORK", 0)
+        check_bounds(extreme_singular_values(kernel, 32, padding="circular"), sigma)
+        assert spectral_norm(kernel, 32, padding="circular") == pytest.approx(sigma[0], rel=1e-4)
+    found = extreme_singular_values(kernel, 32, padding="circular")
+    assert found[:2] == pytest.approx((sigma[0], sigma[-1]), rel=1e-12)
+
+
+def orthogonal(n, seed=0):
+    return np.linalg.qr(normal(n, n, seed=seed))[0]
+
+
+def tap(matrix, place=(1, 1)):
+    kernel = np.zeros((3, 3, *matrix.shape))
+    kernel[place] = matrix
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "expected"),
+    [
+        (tap(np.eye(3)), 9, (1.0, 1.0)),
+        (tap(2 * orthogonal(4)), 9, (2.0, 2.0)),
+        (tap(orthogonal(4), (0, 1)), 9, (1.0, 0.0)),  # a shift loses a row of pixels
+        (np.zeros((3, 3, 2, 5)), 9, (0.0, 0.0)),
+        (tap(np.diag([3.0, 0.0])), 9, (3.0, 0.0)),
+        (tap(np.diag([3.0] + [1.0] * 30)), 9, (3.0, 1.0)),
+        (tap(orthogonal(6)[:, :2]), 9, (1.0, 1.0)),  # 2 filters of 6 channels: 2·81 values
+        (normal(3, 3, 5, 5), 1, None),  # a single pixel sees the centre tap
+        (normal(3, 3, 12, 30), 1, None),
+    ],
+    ids=["identity", "orthogonal", "shift", "zero", "rank", "outlier", "wide", "pixel", "wide pixel"],
+)
+@pytest.mark.parametrize("scale", [1e-160, 1e-20, 1.0, 1e20, 1e150])
+def test_special_kernels(kernel, size, expected, scale, searched):
+    if expected is None:
+        sigma = np.linalg.svd(kernel[1, 1], compute_uv=False)
+        expected = sigma[0], sigma[-1]
+    found = extreme_singular_values(scale * kernel, size)
+    assert np.isfinite(found[:4]).all()
+    assert found.converged
+    assert found.sigma_max == pytest.approx(scale * expected[0], rel=1e-4)
+    assert found.sigma_min == pytest.approx(scale * expected[1], rel=1e-4, abs=0.01 * found.sigma_max)
+    assert spectral_norm(scale * kernel, size) == pytest.approx(scale * expected[0], rel=1e-4)
+    exact = expected[0] / expected[1] if expected[1] else np.inf
+    assert condition_number(scale * kernel, size) == pytest.approx(exact, rel=0.01)
+    every = singular_values(scale * kernel, size)
+    assert every[[0, -1]] == pytest.approx(scale * np.array(expected), rel=1e-8, abs=1e-8 * found.sigma_max)
+
+
+def test_the_zero_operator():
+    # Dilation 2 moves every tap but the middle one off a single pixel.
+    kernel = normal(3, 1, 2, 2)
+    kernel[1] = 0.0
+    assert extreme_singular_values(kernel, 1, dilation_rate=2)[:4] == (0.0, 0.0, 0.0, 0.0)
+    assert condition_number(kernel, 1, dilation_rate=2) == np.inf
+
+
+def test_a_warm_start_takes_few_products(searched, monkeypatch):
+    kernel = normal(3, 3, 8, 8)
+    cold = extreme_singular_values(kernel, 12)
+    count = []
+    products = tf_frobreg.spectrum.extremes.gram_products
+
+    def counted(kernel, conv):
+        def count_one(multiply):
+            return lambda column: count.append(1) or multiply(column)
+
+        return [p._replace(multiply=count_one(p.multiply)) for p in products(kernel, conv)]
+
+    monkeypatch.setattr(tf_frobreg.spectrum.extremes, "gram_products", counted)
+    near = kernel + 1e-3 * normal(3, 3, 8, 8, seed=2)
+    again = extreme_singular_values(near, 12)
+    without, count[:] = len(count), []
+    warm = extreme_singular_values(near, 12, start=cold)
+    assert len(count) < without / 2
+    check_bounds(warm, singular_values(near, 12))
+    assert again.sigma_max == pytest.approx(warm.sigma_max, rel=2e-4)
+
+
+@pytest.mark.parametrize("high", [1.5, 1.01])
+@pytest.mark.parametrize("low", [0.2, 0.49])
+def test_a_warm_start_notices_another_outermost_value(high, low, searched):
+    """The old vectors stay singular vectors, of a σ that is not the outermost any more."""
+    before = tap(np.diag([1.0] + [0.5] * 8))
+    after = tap(np.diag([1.0, high] + [0.5] * 6 + [low]))
+    found = extreme_singular_values(after, 9, start=extreme_singular_values(before, 9))
+    assert found.sigma_max == pytest.approx(high, rel=1e-4)
+    assert found.sigma_min == pytest.approx(low, rel=1e-3)
+
+
+def test_what_did_not_converge_says_so(searched):
+    kernel = normal(3, 3, 8, 8)
+    found = extreme_singular_values(kernel, 12, max_iterations=2)
+    assert not found.converged
+    assert not found.sigma_min_converged
+    sigma = singular_values(kernel, 12)
+    assert found.sigma_max <= sigma[0]
+    assert found.sigma_min >= sigma[-1]
+    assert found.sigma_min_error > 0.1
+    again = extreme_singular_values(kernel, 12, start=found)
+    check_bounds(again, sigma)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ordinary_kernels_are_within_their_bounds(seed):
+    """Of which a search alone got some wrong: a σ next to the outermost one hid it."""
+    random = np.random.RandomState(seed)
+    shape, size = [((3, 3, 4, 8), 15), ((3, 3, 8, 4), 14), ((3, 3, 6, 2), 20), ((3, 3, 3, 2, 3), 9)][seed % 4]
+    kernel = random.randn(*shape)
+    sigma = singular_values(kernel, size)
+    found = extreme_singular_values(kernel, size)
+    assert 0 <= sigma[0] - found.sigma_max + 1e-12 <= found.sigma_max_error + 2e-12
+    assert 0 <= found.sigma_min - sigma[-1] + 1e-12 <= found.sigma_min_error + 2e-12
+
+
+def test_small_layers_that_do_not_converge_are_decomposed(monkeypatch):
+    monkeypatch.setattr(tf_frobreg.spectrum.extremes, "DENSE_ROWS", 5)
+    kernel = normal(3, 3, 8, 8)
+    found = extreme_singular_values(kernel, 8, max_iterations=2)
+    check_bounds(found, singular_values(kernel, 8), accuracy=1e-8)
+
+
+def test_spectral_norm_and_condition_number_warn_where_they_do_not_know(searched, monkeypatch):
+    kernel = normal(3, 3, 8, 8)
+    with pytest.warns(RuntimeWarning, match="σmax = .* too small"):
+        spectral_norm(kernel, 12, accuracy=1e-16)
+    monkeypatch.setattr(tf_frobreg.spectrum.extremes, "ALL_ROWS", 10)
+    shift = tap(np.diag([1.0, 0.999]), (0, 1))
+    with pytest.warns(RuntimeWarning, match="condition number too small"):
+        assert condition_number(shift, 12) > 1e4
+
+
+@pytest.mark.parametrize("spread", [10.0, 1e3, 1e5, 1e7])
+def test_condition_number(spread, searched):
+    kernel = tap(np.diag(np.geomspace(1.0, 1 / spread, 6)))
+    assert condition_number(kernel, 6) == pytest.approx(spread, rel=0.01)
+
+
+def test_float32_kernels_are_measured_in_float64():
+    kernel = normal(3, 3, 2, 2).astype("float32")
+    assert extreme_singular_values(kernel, 5)[:4] == extreme_singular_values(kernel.astype("float64"), 5)[:4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"accuracy": 0}, ValueError, "accuracy must be a finite number above 0. Received: accuracy=0"),
+        ({"accuracy": 1}, ValueError, "accuracy must be below 1. Received: accuracy=1"),
+        ({"max_iterations": 0}, ValueError, "max_iterations must be at least 1"),
+        ({"start": 3.0}, TypeError, "start must be a result of extreme_singular_values.*start=3.0"),
+        ({"stride": 2}, TypeError, "unknown argument 'stride'"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, error, message):
+    with pytest.raises(error, match=message):
+        extreme_singular_values(normal(3, 3, 8, 8), 12, **arguments)
+
+
+def test_a_start_of_another_geometry_is_refused():
+    start = extreme_singular_values(normal(3, 3, 8, 8), 16)
+    with pytest.raises(ValueError, match="start must come from the same geometry, whose vectors have 2592"):
+        extreme_singular_values(normal(3, 3, 8, 8), 18, start=start)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="vectors of 4,611,686,014,132,420,609 entries"):
+        extreme_singular_values(np.ones((1, 1, 1, 1)), 2**31 - 1)
+
+
+def test_values_are_needed():
+    for function in (extreme_singular_values, spectral_norm, condition_number):
+        with pytest.raises(TypeError, match="kernel must have known values"):
+            tf.function(lambda k, f=function: f(k, 5))(tf.ones((3, 3, 1, 1)))

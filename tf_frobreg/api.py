@@ -1,0 +1,79 @@
+"""The public names."""
+
+from tf_frobreg.convolution.geometry import Convolution, Geometry
+from tf_frobreg.convolution.matrix import ToeplitzIndices, index_set, toeplitz_indices, transformation_matrix
+from tf_frobreg.descent.algorithm_3_1 import DescentResult, StopReason, regularize_kernel
+from tf_frobreg.descent.step_rules import paper_schedule
+from tf_frobreg.keras.attach import AttachReport, attach_regularizers, detach_regularizers
+from tf_frobreg.keras.callbacks import FactorSchedule, SingularValueMonitor
+from tf_frobreg.keras.constraints import SingularValueClip
+from tf_frobreg.keras.initializers import FrobeniusInitializer
+from tf_frobreg.keras.regularizers import (
+    FrobeniusRegularizer,
+    ReshapedRegularizer,
+    SpectralRegularizer,
+    SumRegularizer,
+)
+from tf_frobreg.keras.whole_model import ModelDescent, model_spectrum, regularize_model
+from tf_frobreg.penalties.frobenius import (
+    frobenius_gradient,
+    frobenius_penalty,
+    penalty_excess,
+    penalty_floor,
+)
+from tf_frobreg.penalties.projection import clip_singular_values
+from tf_frobreg.penalties.reshaped import reshaped_penalty
+from tf_frobreg.penalties.two_norm import spectral_penalty
+from tf_frobreg.plotting import plot_convergence, plot_gradient_norms, plot_spectrum, plot_training
+from tf_frobreg.spectrum.all_values import singular_values
+from tf_frobreg.spectrum.extremes import (
+    ExtremeSingularValues,
+    condition_number,
+    extreme_singular_values,
+    spectral_norm,
+)
+from tf_frobreg.spectrum.kernel_report import KernelSpectrum
+
+__all__ = [
+    "AttachReport",
+    "Convolution",
+    "DescentResult",
+    "ExtremeSingularValues",
+    "FactorSchedule",
+    "FrobeniusInitializer",
+    "FrobeniusRegularizer",
+    "Geometry",
+    "KernelSpectrum",
+    "ModelDescent",
+    "ReshapedRegularizer",
+    "SingularValueClip",
+    "SingularValueMonitor",
+    "SpectralRegularizer",
+    "StopReason",
+    "SumRegularizer",
+    "ToeplitzIndices",
+    "attach_regularizers",
+    "clip_singular_values",
+    "condition_number",
+    "detach_regularizers",
+    "extreme_singular_values",
+    "frobenius_gradient",
+    "frobenius_penalty",
+    "index_set",
+    "model_spectrum",
+    "paper_schedule",
+    "penalty_excess",
+    "penalty_floor",
+    "plot_convergence",
+    "plot_gradient_norms",
+    "plot_spectrum",
+    "plot_training",
+    "regularize_kernel",
+    "regularize_model",
+    "reshaped_penalty",
+    "singular_values",
+    "spectral_norm",
+    "spectral_penalty",
+    "toeplitz_indices",
+    "transformation_matrix",
+]

@@ -1,0 +1,130 @@
+"""Files the commands read and write: read without unpickling, written whole or not at all."""
+
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used; the message is one line for the terminal."""
+
+
+def read_kernel(path: str) -> np.ndarray:
+    """Returns the array in a `.npy` file, and never unpickles anything."""
+    array = _load(path, ".npy file")
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise BadInput(f"FILE must be a .npy file of one array, not an archive. Received: {path}")
+    return array
+
+
+def read_arrays(path: str) -> dict[str, np.ndarray]:
+    """Returns the arrays in a `.npz` file by name, or that in a `.npy` file by the file's name."""
+    arrays = _load(path, ".npy or .npz file")
+    if isinstance(arrays, np.ndarray):
+        return {Path(path).stem: arrays}
+    with arrays:
+        try:
+            return {name: arrays[name] for name in arrays.files}
+        except _DAMAGED:
+            raise _not_whole(path, ".npy or .npz file") from None
+
+
+# MemoryError where a damaged header claims a huge shape
+_DAMAGED = (ValueError, EOFError, MemoryError, OSError, zipfile.BadZipFile, zlib.error)
+
+
+def _load(path, what):
+    try:
+        return np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise BadInput(f"FILE cannot be read ({error.strerror or error}). Received: {path}") from None
+    except _DAMAGED:
+        raise _not_whole(path, what) from None
+
+
+def _not_whole(path, what):
+    return BadInput(f"FILE must be a whole {what} of plain numbers; pickles are refused. Received: {path}")
+
+
+class OutputFile:
+    """A file that takes its place only once it has been written to the end."""
+
+    def __init__(self, option: str, path: str, *, force: bool):
+        """Makes sure now, before any work, that the file can be written later."""
+        self.path = Path(path)
+        self._option, self._force = option, force
+        try:
+            self.path = self.path.resolve()
+            if self.path.exists() and not self.path.is_file():
+                raise BadInput(f"{option} must be a file to write. Received: {path!r}, which is none")
+            self._refuse_existing()
+            self._make_temporary().unlink()
+        except (OSError, RuntimeError) as error:  # resolve() raises the latter for links in a circle
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"{option} cannot be written ({reason}). Received: {path}") from None
+
+    def write(self, writer: Callable[[BinaryIO], None]) -> None:
+        """Calls `writer` with an open binary file, then puts the file in its place."""
+
+        def write_open(path):
+            with path.open("wb") as file:
+                writer(file)
+
+        self.write_path(write_open)
+
+    def write_path(self, writer: Callable[[Path], None]) -> None:
+        """Calls `writer` with the path of a file of the same ending, then puts the file in its place."""
+        temporary = None
+        try:
+            temporary = self._make_temporary()
+            writer(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # temporary files are private, results are not
+            self._refuse_existing()
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise BadInput(f"{self._option} cannot be written ({error.strerror}): {self.path}") from None
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+    def _make_temporary(self) -> Path:
+        ending = self.path.suffix[:20]
+        handle, name = tempfile.mkstemp(ending, f".{self.path.name[:100]}.", self.path.parent)
+        os.close(handle)
+        return Path(name)
+
+    def _refuse_existing(self):
+        if self.path.exists() and not self._force:
+            raise BadInput(f"{self._option} exists; --force overwrites it. Received: {self.path}")
+
+
+def picture_format(path: str | None) -> str | None:
+    """The format that the name after --plot asks for."""
+    ending = os.path.splitext(path or "")[1].lstrip(".").lower()
+    if path is not None and ending not in ("png", "pdf", "svg"):
+        raise BadInput(f"--plot must end in .png, .pdf or .svg. Received: {path}")
+    return ending or None
+
+
+def output_files(
+    paths: dict[str, str | None], *, force: bool, inputs: Sequence[str] = ()
+) -> dict[str, OutputFile]:
+    """Returns an `OutputFile` for each option with a path; no two of them, and no input, may be one file."""
+    given = {option: path for option, path in paths.items() if path is not None}
+    files = {option: OutputFile(option, path, force=force) for option, path in given.items()}
+    every = [*(file.path for file in files.values()), *(Path(path).resolve() for path in inputs)]
+    if len(set(every)) < len(every):
+        raise BadInput(
+            f"{', '.join(given)} must be different files, and none of them the input. "
+            f"Received: {', '.join([*given.values(), *inputs])}"
+        )
+    return files

@@ -1,0 +1,395 @@
+"""The geometry of one convolution: which output reads which input through which kernel entry.
+
+Everything else in the package follows from the taps of each spatial axis that are listed here.
+"""
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Sequence
+from functools import cached_property
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, Self, TypedDict
+
+import numpy as np
+
+from tf_frobreg.checks import check_choice, check_integer
+
+__all__ = ["Convolution", "Geometry"]
+
+PADDINGS = ("same", "valid", "circular")
+KINDS = ("conv", "depthwise", "transpose")
+LAYERS = {2: "Dense", 3: "Conv1D", 4: "Conv2D", 5: "Conv3D"}  # by the rank of the kernel
+NO_SPATIAL_AXIS = (
+    "for a Dense kernel; a kernel of rank 2 has no spatial axis. If it is a LoRA factor, detach before "
+    "enable_lora"
+)
+
+Size = int | Sequence[int]  # one int for all spatial axes, or one per axis
+
+
+class Geometry(TypedDict, total=False):
+    """The keyword arguments that say how a layer applies its kernel.
+
+    Every function that takes a kernel and an `input_size` takes these too. `Convolution` explains them.
+
+    Example:
+        >>> strided = Geometry(strides=2, padding="valid")
+        >>> print(Convolution((3, 3, 1, 1), 7, **strided).shape)
+        (9, 49)
+    """
+
+    strides: Size
+    padding: str
+    dilation_rate: Size
+    groups: int
+    kind: str
+
+
+class Taps(NamedTuple):
+    """Output `outputs[t]` reads input `inputs[t]` through kernel entry `entries[t]`, for every t."""
+
+    outputs: np.ndarray
+    inputs: np.ndarray
+    entries: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """One spatial axis of a convolution."""
+
+    input_size: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    padding: str
+
+    @property
+    def span(self) -> int:
+        """Number of inputs that the dilated kernel covers."""
+        return (self.kernel_size - 1) * self.dilation + 1
+
+    @property
+    def output_size(self) -> int:
+        """Number of outputs."""
+        if self.padding == "valid":
+            return (self.input_size - self.span) // self.stride + 1
+        return -(-self.input_size // self.stride)
+
+    @property
+    def pad(self) -> int:
+        """Number of positions before input 0 that output 0 reads."""
+        if self.padding == "valid":
+            return 0
+        if self.padding == "circular":
+            return (self.span - 1) // 2
+        # Keras' "same" splits the padding evenly. If it is odd, the extra position comes after the image.
+        total = max((self.output_size - 1) * self.stride + self.span - self.input_size, 0)
+        return total // 2
+
+    @property
+    def num_taps(self) -> int:
+        """Length of `taps`, computed without listing them."""
+        if self.padding == "circular":
+            return self.output_size * self.kernel_size
+        offsets = (p * self.dilation - self.pad for p in range(self.kernel_size))
+        # For each kernel entry, count the outputs o with 0 ≤ o·stride + offset < input_size.
+        return sum(
+            max(
+                min(self.output_size, -((offset - self.input_size) // self.stride))
+                - max(0, -(offset // self.stride)),
+                0,
+            )
+            for offset in offsets
+        )
+
+    @cached_property
+    def taps(self) -> Taps:
+        """All (output, input, entry) triples with input = output·stride + entry·dilation − pad."""
+        outputs, entries = np.indices((self.output_size, self.kernel_size)).reshape(2, -1)
+        inputs = outputs * self.stride + entries * self.dilation - self.pad
+        if self.padding == "circular":
+            return Taps(outputs, inputs % self.input_size, entries)
+        inside = (inputs >= 0) & (inputs < self.input_size)
+        return Taps(outputs[inside], inputs[inside], entries[inside])
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Convolution:
+    """The linear map M of one layer, except for the values of its kernel.
+
+    Args:
+        kernel_shape: The kernel's shape as Keras stores it, with one to three spatial axes, or none for
+            `Dense`. `(*kernel_size, in_channels / groups, filters)` for `kind="conv"`;
+            `(*kernel_size, channels, depth_multiplier)` for "depthwise";
+            `(*kernel_size, filters, in_channels)` for "transpose".
+        input_size: Spatial size of the layer's input, an int or one int per axis.
+        strides: As in Keras, an int or one int per axis.
+        padding: "same" (zeros, Keras' rule), "valid", or "circular". With "circular" the image wraps around
+            and the output has the size it has with "same".
+        dilation_rate: As in Keras, an int or one int per axis. Not together with strides above 1.
+        groups: As in Keras' `Conv2D(groups=...)`. Only for `kind="conv"`.
+        kind: "conv", "depthwise" or "transpose", for the layers `Conv*D`, `DepthwiseConv*D` and
+            `Conv*DTranspose`. Their kernels have the same rank and different meanings.
+
+    Raises:
+        ValueError: If an argument is invalid. The message names the argument.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        >>> conv = Convolution((3, 3, 2, 4), input_size=10, strides=2, padding="valid")
+        >>> conv.input_shape, conv.output_shape, conv.shape
+        ((10, 10, 2), (4, 4, 4), (64, 200))
+    """
+
+    kernel_shape: tuple[int, ...]
+    input_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str
+    dilation_rate: tuple[int, ...]
+    groups: int
+    kind: str
+
+    def __init__(
+        self,
+        kernel_shape: Sequence[int],
+        input_size: Size,
+        strides: Size = 1,
+        padding: str = "same",
+        dilation_rate: Size = 1,
+        groups: int = 1,
+        kind: str = "conv",
+    ):
+        geometry = check_geometry(
+            Geometry(strides=strides, padding=padding, dilation_rate=dilation_rate, groups=groups, kind=kind)
+        )
+        shape = _check_shape(kernel_shape)
+        rank = len(shape) - 2
+        if rank == 0 and kind != "conv":
+            raise ValueError(f"kind={kind!r} needs a spatial axis. Received: kernel.shape={shape}")
+        values = {"kernel_shape": shape, "input_size": input_size, **geometry}
+        for name in ("input_size", "strides", "dilation_rate"):
+            values[name] = _per_axis(name, values[name], rank)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the class is frozen
+        self._check_fit()
+
+    @classmethod
+    def of(cls, kernel_shape: Sequence[int], input_size: Size, geometry: Geometry) -> Self:
+        """Returns the convolution of a caller's `**geometry`, and refuses unknown names."""
+        _check_names(geometry)
+        return cls(kernel_shape, input_size, **geometry)
+
+    def _check_fit(self) -> None:
+        """Checks what depends on the kernel's shape."""
+        if self.kind == "conv" and self.kernel_shape[-1] % self.groups:
+            raise ValueError(
+                "groups must divide the filters, the last axis of the kernel. "
+                f"Received: groups={self.groups}, kernel.shape={self.kernel_shape}"
+            )
+        for n, axis in zip(self.input_size, self.axes, strict=True):
+            if self.padding == "valid" and self.kind != "transpose" and n < axis.span:
+                raise ValueError(
+                    'input_size must be at least the (dilated) kernel size if padding="valid". Received: '
+                    f"input_size={self.input_size}, kernel.shape={self.kernel_shape}, "
+                    f"dilation_rate={self.dilation_rate}"
+                )
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Spatial part of the kernel's shape."""
+        return self.kernel_shape[:-2]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether M is the transpose of the convolution that `axes` describe."""
+        return self.kind == "transpose"
+
+    @property
+    def geometry(self) -> Geometry:
+        """The keyword arguments beside `kernel_shape` and `input_size`."""
+        return Geometry(
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            groups=self.groups,
+            kind=self.kind,
+        )
+
+    @cached_property
+    def axes(self) -> tuple[Axis, ...]:
+        """One `Axis` per spatial axis, of the underlying convolution if `transposed`."""
+        parts = zip(self.input_size, self.kernel_size, self.strides, self.dilation_rate, strict=True)
+        axes = tuple(Axis(n, k, s, d, self.padding) for n, k, s, d in parts)
+        if not self.transposed:
+            return axes
+        # A transposed convolution reads n positions and writes those that a convolution would have read.
+        return tuple(
+            dataclasses.replace(
+                a,
+                input_size=a.input_size * a.stride
+                + (max(a.span - a.stride, 0) if self.padding == "valid" else 0),
+            )
+            for a in axes
+        )
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """(groups, g, h): M is block diagonal, and each block is a convolution of g channels to h."""
+        g, h = self.kernel_shape[-2:]
+        return (g, 1, h) if self.kind == "depthwise" else (self.groups, g, h // self.groups)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image that M is applied to, `(*size, channels)`."""
+        return self._ends()[1 if self.transposed else 0]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of one image that comes out of M, `(*size, channels)`."""
+        return self._ends()[0 if self.transposed else 1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of M."""
+        return math.prod(self.output_shape), math.prod(self.input_shape)
+
+    @property
+    def wide(self) -> bool:
+        """Whether M has fewer rows than columns, so that MMᵀ is its smaller Gram matrix, not MᵀM."""
+        rows, columns = self.shape
+        return rows < columns
+
+    @property
+    def gram_side(self) -> Literal["input", "output"]:
+        """The side of the convolution in `axes` whose pixels number the rows of the smaller Gram matrix."""
+        return "output" if self.wide != self.transposed else "input"
+
+    def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(input, output) of the convolution that `axes` describe."""
+        groups, g, h = self.blocks
+        return (
+            (*(a.input_size for a in self.axes), groups * g),
+            (*(a.output_size for a in self.axes), groups * h),
+        )
+
+    def by_group(self, kernel: Any, xp: ModuleType) -> Any:
+        """Returns the kernel as `(*kernel_size, groups, g, h)`. `xp` is the array module, tf or np."""
+        groups, g, h = self.blocks
+        if groups == 1 or g == 1:
+            return xp.reshape(kernel, (*self.kernel_size, groups, g, h))
+        rank = len(self.kernel_size)
+        split = xp.reshape(kernel, (*self.kernel_size, g, groups, h))
+        return xp.transpose(split, (*range(rank), rank + 1, rank, rank + 2))
+
+    def from_groups(self, blocks: Any, xp: ModuleType) -> Any:
+        """Inverts `by_group`, for any shape of the spatial axes."""
+        groups, g, h = self.blocks
+        blocks = xp.reshape(blocks, (-1, groups, g, h))
+        if self.groups > 1:  # a depthwise kernel already has its groups in front of the filters
+            blocks = xp.transpose(blocks, (0, 2, 1, 3))
+        return xp.reshape(blocks, self.kernel_shape)
+
+
+def check_geometry(geometry: Geometry) -> dict[str, Any]:
+    """Returns all keyword arguments of a `Geometry`, defaults included, as plain ints, tuples and strings.
+
+    Checks everything that does not depend on the kernel's shape and the image.
+    """
+    _check_names(geometry)
+    padding = check_choice("padding", geometry.get("padding", "same"), PADDINGS)
+    kind = check_choice("kind", geometry.get("kind", "conv"), KINDS)
+    strides = _check_size("strides", geometry.get("strides", 1))
+    dilation_rate = _check_size("dilation_rate", geometry.get("dilation_rate", 1))
+    groups = check_integer("groups", geometry.get("groups", 1))
+    if np.max(strides, initial=1) > 1 and np.max(dilation_rate, initial=1) > 1:
+        raise ValueError(
+            "strides above 1 cannot be combined with dilation_rate above 1, as in Keras. "
+            f"Received: strides={strides}, dilation_rate={dilation_rate}"
+        )
+    if groups > 1 and kind != "conv":
+        raise ValueError(f'groups above 1 need kind="conv". Received: groups={groups}, kind={kind!r}')
+    return {
+        "strides": strides,
+        "padding": padding,
+        "dilation_rate": dilation_rate,
+        "groups": groups,
+        "kind": kind,
+    }
+
+
+def check_layer_geometry(
+    input_size: Size, geometry: Geometry
+) -> tuple[int | tuple[int, ...], dict[str, Any]]:
+    """Returns (input_size, `check_geometry(geometry)`) of a layer whose kernel is not known yet."""
+    checked = check_geometry(geometry)
+    size = _check_size("input_size", input_size)
+    per_axis = {"input_size": size} | {name: checked[name] for name in ("strides", "dilation_rate")}
+    sequences = [(name, value) for name, value in per_axis.items() if isinstance(value, tuple)]
+    for name, value in sequences[1:]:
+        first, reference = sequences[0]
+        if len(value) != len(reference):
+            raise ValueError(
+                f"{name} must be an int or {len(reference)} ints, one per entry of {first}. "
+                f"Received: {name}={value}, {first}={reference}"
+            )
+    if size == () and checked["kind"] != "conv":
+        raise ValueError(f"kind={checked['kind']!r} needs a spatial axis. Received: input_size=()")
+    return size, checked
+
+
+def _check_names(geometry: Geometry) -> None:
+    for name in geometry.keys() - Geometry.__annotations__.keys():
+        raise TypeError(
+            f"unknown argument {name!r}. A convolution is given by {', '.join(Geometry.__annotations__)}."
+        )
+
+
+def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
+    """Returns the shape as plain ints if a kernel can have it."""
+    try:
+        shape = tuple(n if n is None else check_integer("kernel_shape", n, minimum=0) for n in kernel_shape)
+    except TypeError:
+        raise TypeError(
+            "kernel_shape must be a sequence of integers, such as kernel.shape. "
+            f"Received: kernel_shape={reprlib.repr(kernel_shape)}"
+        ) from None
+    if len(shape) not in LAYERS:
+        raise ValueError(
+            "kernel must have rank 4, (kh, kw, in_channels, filters), or that of another layer: 3 for "
+            f"Conv1D, 5 for Conv3D, 2 for Dense. Received: kernel.shape={shape}"
+        )
+    if None in shape or 0 in shape:
+        raise ValueError(
+            f"kernel must have a known shape and must not be empty. Received: kernel.shape={shape}"
+        )
+    return shape
+
+
+def _check_size(name: str, value: Any) -> int | tuple[int, ...]:
+    """Returns an int, or a tuple of at most three ints."""
+    if not np.ndim(value) > 0:  # lists, tuples, arrays, tensors and TensorShapes alike have dimensions
+        return check_integer(name, value)
+    if len(value) > max(LAYERS) - 2:
+        raise ValueError(
+            f"{name} must have at most 3 entries, one per spatial axis. "
+            f"Received: {name}={reprlib.repr(value)}"
+        )
+    return tuple(check_integer(name, n) for n in value)
+
+
+def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    """Returns one int per spatial axis."""
+    if not np.ndim(value) > 0:
+        number = check_integer(name, value)
+        if rank == 0 and name == "input_size":
+            raise ValueError(f"input_size must be () {NO_SPATIAL_AXIS}. Received: {name}={value!r}")
+        return (number,) * rank
+    if len(value) != rank:
+        wanted = (
+            f"an int or {rank} ints, one per spatial axis of the kernel, without channels"
+            if rank
+            else f"() {NO_SPATIAL_AXIS}"
+        )
+        raise ValueError(f"{name} must be {wanted}. Received: {name}={reprlib.repr(value)}")
+    return tuple(check_integer(name, n) for n in value)

@@ -1,0 +1,1 @@
+"""What plugs into Keras: regularizers, callbacks, an initializer, a constraint, and whole models."""
