@@ -129,7 +129,7 @@ def extremes_table(quick):
     size, channels = (16, 16) if quick else LARGE
     rounds = 1 if quick else 5
     table = Table(title=f"3×3×{channels}×{channels} at {size}×{size}: seconds")
-    for name in ("kernel", "σmax", "its bound", "plain power", "its σmax", "σmax and σmin", "σmin", "again"):
+    for name in ("kernel", "σmax", "its error", "plain power", "its σmax", "σmax and σmin", "σmin", "again"):
         table.add_column(name, justify="right")
     start = random_kernel(channels, channels)
     end = regularize_kernel(start, size, tolerance=0.0, max_steps=20 if quick else 300).kernel

@@ -15,7 +15,7 @@ from tf_frobreg.spectrum.gram_matrix import gram_matrix
 
 __all__ = ["singular_values"]
 
-DECOMPOSED_ROWS = 300  # up to which the Gram matrix is no faster than a singular value decomposition
+DECOMPOSED_ROWS = 300  # of the smaller Gram matrix, up to which decomposing M itself is as fast
 
 
 def singular_values(
@@ -23,36 +23,38 @@ def singular_values(
 ) -> np.ndarray:
     """Returns all singular values σ of M, in descending order.
 
-    They are computed in float64, whatever the dtype of the kernel, in one of three ways:
+    M is the transformation matrix of equations (2.1) and (3.1). The values are computed in float64, even for
+    a float32 kernel, in one of three ways:
 
-    - "circular" padding at stride 1: a Fourier transform leaves one g×h matrix per frequency, whose singular
-      values are those of M. Errors are about 1e-15·σmax, and M is never formed.
-    - Otherwise the eigenvalues of the smaller Gram matrix of each group, MᵀM or MMᵀ, n rows. An error of
-      about n·1e-16·σmax² of σ² is one of n·1e-16·σmax²/σ of σ: below 1e-8·σmax for any σ above a few
-      1e-5·σmax, while a σ below 1e-7·σmax is noise.
-    - Where that would be more than asked for, and for small M, the singular value decomposition of M, several
-      times slower: errors of about 1e-15·σmax throughout.
+    - If `padding="circular"` and the strides are 1, a Fourier transform gives one g×h matrix per frequency.
+      The singular values of these matrices are those of M. Errors are about 1e-15·σmax.
+    - Otherwise σ² are the eigenvalues of the smaller Gram matrix of each group, MᵀM or MMᵀ with n rows. The
+      error of σ² is about n·1e-16·σmax², so the error of σ is about n·1e-16·σmax²/σ. That is below 1e-8·σmax
+      for every σ above a few 1e-5·σmax. A σ below 1e-7·σmax is noise.
+    - If that error is larger than `accuracy`, and for small M, M itself is decomposed. This is several times
+      slower. Errors are about 1e-15·σmax for every σ.
 
-    The last two take the memory of dense matrices of that size, and time that grows with the cube of the
-    number of pixels and channels: `extreme_singular_values` goes on where they end.
+    The second and third way hold dense matrices in memory. Their time grows with the cube of the number of
+    pixels times channels. Use `extreme_singular_values` for larger layers.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
         input_size: Spatial size of the input image, an int or one int per axis.
-        accuracy: Largest error of any σ, as a share of σmax. With 1e-6 the Gram matrix always does, up to
-            4500 rows of it; 1e-14 always takes the decomposition of M.
+        accuracy: Largest error of any σ, relative to σmax. At 1e-6 the Gram matrix is accurate enough up to
+            4500 rows. At 1e-14 M itself is always decomposed.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
             `tf_frobreg.Convolution`.
 
     Returns:
-        `(min(rows, columns),)` float64, in units of σ.
+        A float64 array of shape `(min(rows, columns),)`, in units of σ.
 
     Raises:
-        ValueError: Where an argument is invalid, or the matrices would not fit in memory.
-        TypeError: Where an argument has the wrong type.
+        ValueError: If an argument is invalid, or if the matrices do not fit in memory.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        The centre tap alone is the identity; its neighbour is a shift, which loses one column at the border:
+        A kernel with only its centre tap is the identity. A kernel with only the tap beside it is a shift,
+        which loses one column at the border:
 
         >>> kernel = np.zeros((3, 3, 1, 1))
         >>> kernel[1, 1] = 1.0
@@ -67,7 +69,7 @@ def singular_values(
 
 
 def all_singular_values(kernel: np.ndarray, conv: Convolution, accuracy: float) -> np.ndarray:
-    """`singular_values` of arguments that have been checked."""
+    """Returns `singular_values` of checked arguments."""
     scale = largest_entry(kernel)
     kernel = kernel.astype(np.float64) / scale
     if has_frequencies(conv):
@@ -75,8 +77,8 @@ def all_singular_values(kernel: np.ndarray, conv: Convolution, accuracy: float) 
     elif gram_matrix(conv).group_size <= DECOMPOSED_ROWS:
         found = _by_decomposition(kernel, conv)
     else:
-        found = _by_gram(kernel, conv)
-        # An error ε·n·σmax² of σ² is one of half of that, divided by σ, of σ.
+        found = _by_eigenvalues(kernel, conv)
+        # The error of σ² is about ε·n·σmax², and the error of σ is that of σ² divided by 2σ.
         rounding = np.finfo(np.float64).eps * found.shape[-1] * found.max() ** 2
         allowed = accuracy * found.max()
         if math.sqrt(rounding) > allowed and rounding > 2 * found.min() * allowed:
@@ -85,27 +87,27 @@ def all_singular_values(kernel: np.ndarray, conv: Convolution, accuracy: float) 
 
 
 def has_frequencies(conv: Convolution) -> bool:
-    """Whether a Fourier transform makes M block diagonal: there is no border, and no pixel is left out."""
+    """Returns whether a Fourier transform makes M block diagonal: no border, and no pixel is skipped."""
     return conv.padding == "circular" and bool(conv.axes) and max(conv.strides) == 1
 
 
 def largest_entry(kernel: np.ndarray) -> float:
-    """What to divide by, as σ² of tiny or huge kernels has no float."""
+    """Returns the scale to divide a kernel by, so that σ² neither overflows nor underflows."""
     return float(np.abs(kernel).max()) or 1.0
 
 
-def _by_frequency(kernel, conv):
-    """One g×h matrix per frequency; half of them are conjugates of the others."""
+def _by_frequency(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
+    """Returns the singular values of one g×h matrix per frequency."""
     blocks = conv.by_group(kernel, np)
     sizes = [axis.input_size for axis in conv.axes]
-    # Taps of a kernel that is larger than the image fall onto each other.
+    # If the kernel is larger than the image, several taps fall onto one pixel and add up.
     image = np.zeros((*sizes, *blocks.shape[-3:]))
     places = np.ix_(*(np.arange(a.kernel_size) * a.dilation % a.input_size for a in conv.axes))
     np.add.at(image, places, blocks)
     axes = tuple(range(len(sizes)))
     spectrum = np.fft.rfftn(image, axes=axes)
     sigma = np.linalg.svd(spectrum, compute_uv=False)
-    # The last axis holds frequencies 0 … n/2; all others but 0 and n/2 stand for two.
+    # The last axis holds the frequencies 0 … n/2. Each counts for its conjugate too, except 0 and n/2.
     times = np.full(spectrum.shape[axes[-1]], 2)
     times[0] = 1
     if sizes[-1] % 2 == 0:
@@ -113,24 +115,25 @@ def _by_frequency(kernel, conv):
     return np.repeat(sigma, times, axis=axes[-1])
 
 
-def _by_gram(kernel, conv):
-    squares = [scipy.linalg.eigvalsh(g, overwrite_a=True) for g in gram_matrix(conv).dense(kernel)]
+def _by_eigenvalues(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
+    """Returns the roots of the eigenvalues of each group's Gram matrix."""
+    squares = [scipy.linalg.eigvalsh(block, overwrite_a=True) for block in gram_matrix(conv).dense(kernel)]
     return np.sqrt(np.maximum(squares, 0.0))
 
 
-def _by_decomposition(kernel, conv):
-    """LAPACK on the M of each group."""
+def _by_decomposition(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
+    """Returns the singular values of each group's M by LAPACK."""
     kind = "transpose" if conv.transposed else "conv"
-    own = dataclasses.replace(conv, kernel_shape=(*conv.kernel_size, *conv.blocks[1:]), groups=1, kind=kind)
+    group = dataclasses.replace(conv, kernel_shape=(*conv.kernel_size, *conv.blocks[1:]), groups=1, kind=kind)
     check_memory(
-        24 * math.prod(own.shape),
-        f"the singular values of M of shape {own.shape[0]} × {own.shape[1]} need a dense matrix",
+        24 * math.prod(group.shape),
+        f"the singular values of M of shape {group.shape[0]} × {group.shape[1]} need a dense matrix",
         "a larger accuracy or a smaller input_size",
     )
-    index = toeplitz_indices(own.kernel_shape, own.input_size, **own.geometry)
+    index = toeplitz_indices(group.kernel_shape, group.input_size, **group.geometry)
     found = []
     for block in np.moveaxis(conv.by_group(kernel, np), len(conv.kernel_size), 0):
-        matrix = np.zeros(own.shape)
+        matrix = np.zeros(group.shape)
         np.add.at(matrix, tuple(index.positions.T), block.ravel()[index.kernel_index])
         found.append(scipy.linalg.svdvals(matrix, overwrite_a=True))
     return np.array(found)

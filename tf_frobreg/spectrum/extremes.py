@@ -18,6 +18,7 @@ from tf_frobreg.spectrum.all_values import (
 )
 from tf_frobreg.spectrum.extreme_search import (
     LANCZOS_VECTORS,
+    Eigenpair,
     Product,
     find_outermost,
     gram_products,
@@ -29,38 +30,39 @@ __all__ = ["ExtremeSingularValues", "condition_number", "extreme_singular_values
 ALL_ROWS = 5000  # up to which condition_number computes all singular values: about 15 s
 DENSE_ROWS = 1500  # of the smaller Gram matrix, up to which all singular values are computed: 0.25 s
 RESCUE_ROWS = 2000  # up to which all singular values are computed if the search fails: about 1 s
-FREQUENCY_WORK = 3e8  # frequencies·g·h·min(g, h) of a border-free operator: 0.3 s for all its singular values
-# A σ next to the outermost one can hide it from a search. A smaller residual of σmax costs a tenth more
-# products, and this happens in 1 of 60 kernels instead of 3. For σmin it would cost four times as many.
+FREQUENCY_WORK = 3e8  # frequencies·g·h·min(g, h) of "circular" layers: 0.3 s for all singular values
+# A σ next to the outermost one can hide it from a search. The search for σmax asks for a residual that is
+# this many times smaller: this happens in 1 of 60 kernels instead of 3, at a tenth more products. For σmin it
+# would take four times as many products.
 CAUTION = 4
 NOISE = 0.1  # share of a random vector in a warm start, for a σ that has become the outermost since then
 
 
 class SearchVectors:
-    """The vectors a search ended at. Opaque, so that printing or comparing results does not touch them."""
+    """The vectors at which a search ended. Opaque, so that printing and comparing results ignore them."""
 
     def __init__(self, high: np.ndarray, low: np.ndarray | None):
         self.high, self.low = high, low
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<vectors of {self.high.size} entries>"
 
 
 class ExtremeSingularValues(NamedTuple):
     """The largest and the smallest of the min(rows, columns) singular values of M, in units of σ.
 
-    The errors are estimates from the residuals of the search. A search can miss the outermost σ if another
-    one lies close to it, and then the true error is larger.
+    The errors are estimates from the residuals of the search, not bounds. A search can miss the outermost σ
+    if another one lies close to it. The true error is then larger: by a factor of 1.3 in 1 of 60 kernels.
 
     Attributes:
         sigma_max: Never above σmax, up to rounding.
-        sigma_min: Never below σmin, up to rounding. NaN if it was not asked for.
+        sigma_min: Never below σmin, up to rounding. NaN if it was not requested.
         sigma_max_error: Estimate of how much larger σmax may be.
-        sigma_min_error: Estimate of how much smaller σmin may be. Equal to `sigma_min` if σmin cannot be
+        sigma_min_error: Estimate of how much smaller σmin may be. At least `sigma_min` if σmin cannot be
             distinguished from 0.
-        sigma_max_converged: Whether σmax has the accuracy asked for, by its error estimate.
+        sigma_max_converged: Whether σmax has the requested accuracy, by its error estimate.
         sigma_min_converged: The same for σmin.
-        vectors: For a warm start. None if all singular values were computed.
+        vectors: The vectors at which the search ended, for a warm start. None if there was no search.
     """
 
     sigma_max: float
@@ -73,7 +75,7 @@ class ExtremeSingularValues(NamedTuple):
 
     @property
     def converged(self) -> bool:
-        """Whether both values have the accuracy asked for."""
+        """Whether both values have the requested accuracy, by their error estimates."""
         return self.sigma_max_converged and self.sigma_min_converged
 
 
@@ -82,8 +84,8 @@ class ExtremesFinder:
 
     Args:
         conv: The geometry.
-        accuracy: As for `extreme_singular_values`.
-        max_iterations: As for `extreme_singular_values`.
+        accuracy: Below 1. The error estimate of σmax to reach, relative to σmax.
+        max_iterations: Approximate limit on products with G, for each singular value and each solver.
         sigma_min: Whether to search for σmin.
         dense_rows: Rows of the smaller Gram matrix up to which all singular values are computed.
             `DENSE_ROWS` by default.
@@ -135,6 +137,7 @@ class ExtremesFinder:
         )
 
     def _check_start(self, start: Any) -> SearchVectors | None:
+        """Returns the vectors to start at, if there are any."""
         if start is not None and not isinstance(start, ExtremeSingularValues):
             raise TypeError(
                 f"start must be a result of extreme_singular_values. Received: start={reprlib.repr(start)}"
@@ -149,6 +152,7 @@ class ExtremesFinder:
         return start.vectors
 
     def _from_all(self, kernel: np.ndarray) -> ExtremeSingularValues:
+        """Returns the largest and the smallest of all singular values, which are computed."""
         accuracy = 1e-14 if self._size <= DECOMPOSED_ROWS or has_frequencies(self._conv) else 1e-8
         sigma = all_singular_values(kernel, self._conv, accuracy) if kernel.any() else np.zeros(1)
         error = float(max(accuracy, self._size * np.finfo(np.float64).eps) * sigma[0])
@@ -162,12 +166,14 @@ class ExtremesFinder:
         )
 
     def _search(self, products: list[Product], start: SearchVectors | None) -> ExtremeSingularValues:
+        """Searches for the outermost eigenpairs of the smaller Gram matrix."""
         random = np.random.RandomState(0).standard_normal((self._size, 1))  # fixed, for repeatable results
-        mean, spread, random = rayleigh(products[-1].multiply, random)
-        if mean == 0.0:
+        sample = rayleigh(products[-1].multiply, random)
+        if sample.value == 0.0:
             return self._from_all(np.zeros(1))
-        # For a random vector θ is about the mean of all σ², and the residual their standard deviation.
-        finest = 0.01 * spread / mean
+        # For a random vector, θ is about the mean of all σ² and the residual about their standard deviation.
+        finest = 0.01 * sample.residual / sample.value
+        random = sample.vector
         first = products[-1].multiply(random) if start is None else start.high + NOISE * random
         # An error ε of σ² is an error ε/2σ of σ, so σmax allows twice the residual.
         goal = max(min(2 * self._accuracy / CAUTION, finest), self._rounding)
@@ -177,6 +183,10 @@ class ExtremesFinder:
             first = random if start is None or start.low is None else start.low + NOISE * random
             goal = max(min(self._accuracy, finest), self._rounding)
             low = find_outermost(products, first, goal, self._iterations, largest=high.value)
+        return self._estimate(high, low)
+
+    def _estimate(self, high: Eigenpair, low: Eigenpair | None) -> ExtremeSingularValues:
+        """Returns the singular values of the outermost eigenpairs, with error estimates."""
         # Neighbours closer than the accuracy cannot be distinguished, however small the residual is.
         allowed = self._accuracy * high.value
         rounding = self._rounding * high.value
@@ -207,40 +217,40 @@ def extreme_singular_values(
     max_iterations: int = 1000,
     **geometry: Unpack[Geometry],
 ) -> ExtremeSingularValues:
-    """Returns σmax and σmin of M with error bounds, for layers of any size.
+    """Returns σmax and σmin of M with error estimates, for layers of any size.
 
-    They are the ends of the spectrum of the smaller Gram matrix G, MᵀM or MMᵀ, found by Lanczos iteration
-    (ARPACK) and, where that does not converge, by LOBPCG, which has something to show all the same. Both need
-    nothing but products with G: a sparse matrix or, of larger layers, a convolution and its adjoint, in
-    float32 as far as that goes, then in float64. Layers whose G has up to 1500 rows, and "circular" ones of
-    moderate size, have all their singular values computed instead: nothing is hidden there.
+    σmax² and σmin² are the outermost eigenvalues of the smaller Gram matrix G, MᵀM or MMᵀ. Lanczos iteration
+    (ARPACK) searches for them. If it does not converge, LOBPCG continues and returns its best vector in any
+    case. Both need only products with G. These use a sparse matrix or, for larger layers, a convolution and
+    its adjoint, first in float32, then in float64. If G has up to 1500 rows, and for "circular" layers of
+    moderate size, all singular values are computed instead, and none can be missed.
 
-    θ = vᵀGv of any unit vector v lies between σmin² and σmax², and some σ² within its residual ‖Gv − θv‖
-    (both taken in float64): hence the bounds. That it is the outermost σ² rests, as with every iteration of
-    this kind, on the random vector it starts from: a neighbour can hide it (of 60 kernels, one σmax and one
-    σmin were 1.3 times as far off as their bounds say). In a tight spectrum, as regularized kernels have,
-    every vector has a small residual: there it has to fall to a hundredth of the spread of all σ² too.
+    For a unit vector v, θ = vᵀGv lies between σmin² and σmax², and some σ² is at most the residual ‖Gv − θv‖
+    away from θ. Both are computed in float64. The error estimates assume that this σ² is the outermost one.
+    A search can miss the outermost σ if another one lies close to it: of 60 kernels, one σmax and one σmin
+    were off by 1.3 times their error estimate. If all σ² are close together, as in regularized kernels, every
+    vector has a small residual. The search then continues to a residual of a hundredth of their spread.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
         input_size: Spatial size of the input image, an int or one int per axis.
-        accuracy: Below 1. σmax is bounded to accuracy·σmax, and σmin to √accuracy·σmax or, where σmin is not
-            that small, to accuracy·σmax²/2σmin. A σmin below 1e-7·σmax is noise for any accuracy, but for
-            layers whose singular values are all computed.
-        start: What this function gave for a similar kernel of the same geometry, such as that of the epoch
-            before: the search begins there and takes twenty products or more for each value. A share of a
-            random vector goes in, for a singular value that has become the outermost meanwhile.
-        max_iterations: Products with G at the most, about, for each of the two values and of the ways to it.
+        accuracy: Below 1. The error estimate to reach is accuracy·σmax for σmax. For σmin it is
+            √accuracy·σmax or, if σmin is larger than that, accuracy·σmax²/2σmin. A σmin below 1e-7·σmax is
+            noise at any accuracy, unless all singular values are computed.
+        start: An earlier result for a similar kernel of the same geometry, such as the kernel one epoch
+            before. The search begins at its vectors and takes at least about twenty products per value. A
+            share of a random vector is added, because another σ may have become the outermost one.
+        max_iterations: Approximate limit on products with G, for each singular value and each solver.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
             `tf_frobreg.Convolution`.
 
     Returns:
-        An `ExtremeSingularValues` (sigma_max, sigma_min, sigma_max_error, sigma_min_error,
-        sigma_max_converged, sigma_min_converged, vectors), with `.converged` for both.
+        An `ExtremeSingularValues`: a named tuple of σmax, σmin, their error estimates, and whether each has
+        the requested accuracy.
 
     Raises:
-        ValueError: Where an argument is invalid, or a few vectors would not fit in memory.
-        TypeError: Where an argument has the wrong type.
+        ValueError: If an argument is invalid, or if 20 vectors do not fit in memory.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> kernel = np.random.RandomState(1).randn(3, 3, 3, 6)
@@ -261,19 +271,22 @@ def spectral_norm(
     """Returns ‖M‖₂ = σmax, the Lipschitz constant of the layer before its activation.
 
     Args:
-        kernel: As for `extreme_singular_values`.
-        input_size: As for `extreme_singular_values`.
-        accuracy: As for `extreme_singular_values`: the largest relative error.
-        **geometry: As for `extreme_singular_values`.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        accuracy: Below 1. The relative error to reach, by the estimate of `extreme_singular_values`.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
+            `tf_frobreg.Convolution`.
 
     Returns:
-        σmax, a plain float. Where the accuracy is not reached, a RuntimeWarning says what was.
+        σmax, a plain float. It is never above the true value, up to rounding. If the accuracy is not reached,
+        a RuntimeWarning gives the error estimate.
 
     Raises:
-        ValueError, TypeError: As `extreme_singular_values`.
+        ValueError: If an argument is invalid, or if 20 vectors do not fit in memory.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        A sum over 3×3 neighbours multiplies a constant image by 9, but for its border:
+        A sum over 3×3 neighbours multiplies a constant image by 9, except at its border:
 
         >>> print(f"{spectral_norm(np.ones((3, 3, 1, 1)), 100):.3f}")
         8.994
@@ -284,28 +297,33 @@ def spectral_norm(
     conv = Convolution.of(kernel.shape, input_size, geometry)
     found = ExtremesFinder(conv, accuracy, sigma_min=False)(kernel)
     if not found.sigma_max_converged:
-        _warn(f"σmax = {found.sigma_max:.6g} may be up to {found.sigma_max_error:.2g} too small")
+        _warn(
+            f"σmax = {found.sigma_max:.6g} did not reach the accuracy. It may be about "
+            f"{found.sigma_max_error:.2g} too small"
+        )
     return found.sigma_max
 
 
 def condition_number(
     kernel: Any, input_size: Size, *, accuracy: float = 0.01, **geometry: Unpack[Geometry]
 ) -> float:
-    """Returns σmax / σmin, σmin being the smallest of the min(rows, columns) singular values of M.
+    """Returns the condition number σmax / σmin. σmin is the smallest of the min(rows, columns) σ of M.
 
     Args:
-        kernel: As for `extreme_singular_values`.
-        input_size: As for `extreme_singular_values`.
-        accuracy: Relative error. Where `extreme_singular_values` cannot bound σmin that well, all singular
-            values are computed, if the smaller side of M has up to 5000 rows.
-        **geometry: As for `extreme_singular_values`.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        accuracy: Relative error to reach. If the error estimate of σmin stays above it, and the smaller side
+            of M has up to 5000 rows, all singular values are computed.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
+            `tf_frobreg.Convolution`.
 
     Returns:
-        The condition number, a plain float; inf where σmin is 0 or cannot be told from it by all singular
-        values. Of larger M it may be too small, and then a RuntimeWarning says so.
+        The condition number, a plain float. It is inf if σmin is 0, or if σmin cannot be distinguished from 0
+        among all singular values. For a larger M it may be too small, and a RuntimeWarning says so.
 
     Raises:
-        ValueError, TypeError: As `extreme_singular_values`.
+        ValueError: If an argument is invalid, or if the vectors or matrices do not fit in memory.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> kernel = np.zeros((3, 3, 2, 2))
@@ -319,7 +337,7 @@ def condition_number(
     accuracy = check_number("accuracy", accuracy, exclusive=True)
     conv = Convolution.of(kernel.shape, input_size, geometry)
 
-    def known(found):
+    def reached(found: ExtremeSingularValues) -> bool:
         return (
             found.sigma_max_error <= accuracy / 3 * found.sigma_max
             and found.sigma_min_error <= accuracy / 3 * found.sigma_min
@@ -327,14 +345,14 @@ def condition_number(
 
     found = ExtremesFinder(conv, min(accuracy, 1e-4))(kernel)
     share = ratio(found.sigma_min, found.sigma_max)
-    if not known(found) and share > 1e-6:  # a residual ε of σ² is one of ε/2σ of σ
+    if not reached(found) and share > 1e-6:  # an error ε of σ² is an error ε/2σ of σ
         found = ExtremesFinder(conv, accuracy / 2 * share**2)(kernel, found)
-    if known(found):
+    if reached(found):
         return ratio(found.sigma_max, found.sigma_min)
     if min(conv.shape) > ALL_ROWS:
         _warn(
-            f"σmin = {found.sigma_min:.3g} may be up to {found.sigma_min_error:.2g} too large, and the "
-            "condition number too small"
+            f"σmin = {found.sigma_min:.3g} did not reach the accuracy. It may be about "
+            f"{found.sigma_min_error:.2g} too large, and the condition number too small"
         )
         return ratio(found.sigma_max, found.sigma_min)
     sigma = all_singular_values(kernel, conv, max(accuracy / 3 * min(share, 1.0), 1e-14))
@@ -343,15 +361,16 @@ def condition_number(
 
 
 def ratio(high: float, low: float) -> float:
-    """The condition number of two singular values; NaN where one is, inf where `low` is 0."""
+    """Returns high / low: inf if `low` is 0, NaN if one of them is NaN."""
     return float(high / low) if low else (math.nan if math.isnan(high) else math.inf)
 
 
-def _warn(message):
+def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _is_cheap_by_frequency(conv: Convolution) -> bool:
+    """Returns whether a Fourier transform gives all singular values in about 0.3 s."""
     groups, g, h = conv.blocks
     frequencies = math.prod(axis.input_size for axis in conv.axes)
     return has_frequencies(conv) and frequencies * groups * g * h * min(g, h) <= FREQUENCY_WORK

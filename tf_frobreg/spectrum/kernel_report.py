@@ -1,8 +1,7 @@
-"""One row of a report: σmax, σmin and R_α of one kernel, or why it was not measured."""
+"""One row of a report: σmax, σmin and R_α of one kernel, or the reason why it was not measured."""
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,18 +15,26 @@ __all__ = ["KernelSpectrum"]
 
 @dataclasses.dataclass(frozen=True)
 class KernelSpectrum:
-    """What was measured of one kernel, or why nothing was.
+    """σmax, σmin and R_α of one kernel, or the reason why they were not measured.
+
+    In a row with a reason, all attributes after `kernel_shape` are None. `kernel_shape` is known if a kernel
+    was found, but its values are not finite or its measurement needs too much memory.
 
     Attributes:
-        name: Of the layer; see `model_spectrum`.
-        reason: Why it was not measured; None where it was. All that follows is None where it was not.
-        kernel_shape: Shape of the kernel.
+        name: Name of the layer, as `model_spectrum` gives it.
+        reason: Why the kernel was not measured. None if it was measured.
+        kernel_shape: Shape of the kernel. None if no kernel was found.
         input_size: Spatial size of the layer's input.
-        extremes: σmax and σmin with their bounds, an `ExtremeSingularValues`.
-        penalty: R_α(K) = ‖MᵀM − αI‖²_F, inf where it is beyond all floats.
-        penalty_per_column: R_α(K) divided by the columns of M.
-        penalty_floor: What R_α cannot go below for a kernel of this shape.
+        extremes: σmax and σmin with their error estimates, an `ExtremeSingularValues`. The errors are not
+            bounds, because a search can miss the outermost σ.
+        penalty: R_α(K) = ‖MᵀM − αI‖²_F, in units of σ⁴. inf if it is larger than any float.
+        penalty_per_column: R_α(K) divided by the number of columns of M.
+        penalty_floor: Lower bound on R_α for every kernel of this shape.
         convolution: The geometry.
+
+    Example:
+        >>> print(KernelSpectrum("conv", "its kernel holds NaN or infinity", kernel_shape=(3, 3, 1, 4)))
+        conv  - its kernel holds NaN or infinity
     """
 
     name: str
@@ -41,15 +48,21 @@ class KernelSpectrum:
     convolution: Convolution | None = dataclasses.field(default=None, repr=False)
 
     def __str__(self) -> str:
-        if self.reason:
-            return f"{self.name}  - {self.reason}"
-        sigma_max, sigma_min, *_ = self.extremes
+        if self.extremes is None or self.penalty is None:
+            return f"{self.name}  - {self.reason or 'not measured'}"
+        sigma_max, sigma_min = self.extremes.sigma_max, self.extremes.sigma_min
         return f"{self.name}  σ {sigma_min:.4g} … {sigma_max:.4g}, R {self.penalty:.4g}"
 
     @property
     def condition_number(self) -> float | None:
-        """σmax / σmin as measured: where `extremes` cannot tell σmin from 0, only a lower bound."""
-        return self.extremes and ratio(self.extremes.sigma_max, self.extremes.sigma_min)
+        """σmax / σmin of `extremes`, which may be only a lower bound of the condition number of M.
+
+        The true value can be far larger, even infinite, if `extremes.converged` is False or if
+        `extremes.sigma_min_error` is at least `extremes.sigma_min`: σmin then cannot be distinguished from 0.
+        The function `condition_number` computes it more accurately. None if the kernel was not measured, NaN
+        if σmin was not requested.
+        """
+        return None if self.extremes is None else ratio(self.extremes.sigma_max, self.extremes.sigma_min)
 
 
 def report_kernel(
@@ -58,21 +71,39 @@ def report_kernel(
     conv: Convolution,
     alpha: float,
     *,
+    accuracy: float,
+    max_iterations: int = 1000,
+    sigma_min: bool = True,
     start: KernelSpectrum | None = None,
-    **options: Any,
 ) -> KernelSpectrum:
-    """Returns the row of one kernel. `options` are those of `ExtremesFinder`."""
+    """Returns the row of one kernel.
+
+    Args:
+        name: Name of the row.
+        kernel: The values of the kernel, of shape `conv.kernel_shape`.
+        conv: The geometry.
+        alpha: α of R_α, the target of σ². Positive.
+        accuracy: Below 1. The error estimate of σmax to reach, relative to σmax.
+        max_iterations: Approximate limit on products with the Gram matrix, for each singular value and each
+            solver.
+        sigma_min: Whether to search for σmin.
+        start: An earlier row of this kernel. The searches begin there if the geometry is the same.
+
+    Returns:
+        A row with the measurement, or with a reason if the kernel is not finite or needs too much memory.
+    """
     if not np.isfinite(kernel).all():
         return KernelSpectrum(name, "its kernel holds NaN or infinity", kernel_shape=conv.kernel_shape)
     frobenius = FrobeniusPenalty(conv, alpha)
-    extremes = ExtremesFinder(conv, **options)
-    same = start is not None and start.convolution == conv
+    finder = ExtremesFinder(conv, accuracy, max_iterations=max_iterations, sigma_min=sigma_min)
+    before = start.extremes if start is not None and start.convolution == conv else None
     try:
-        found = extremes(kernel, start.extremes if same else None)
+        found = finder(kernel, before)
         penalty = float(frobenius.value(tf.constant(kernel, tf.float64)))
-        penalty = math.inf if math.isnan(penalty) else penalty  # the difference of what is beyond all floats
-    except ValueError as error:  # of the memory it would take
+    except ValueError as error:  # too little memory
         return KernelSpectrum(name, str(error), kernel_shape=conv.kernel_shape)
+    if math.isnan(penalty):  # the difference of two numbers that are larger than any float
+        penalty = math.inf
     return KernelSpectrum(
         name=name,
         kernel_shape=conv.kernel_shape,
