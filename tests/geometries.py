@@ -112,6 +112,11 @@ CIRCULAR_CASES = [
 ]
 
 
+def normal(*shape, seed=1):
+    """A random kernel without a geometry."""
+    return np.random.RandomState(seed).randn(*shape)
+
+
 def label(case):
     options = [case.kind, case.padding, f"s{case.strides}", f"d{case.dilation_rate}", f"g{case.groups}"]
     return f"{case.kernel_shape}@{case.image}-{'-'.join(options)}".replace(" ", "")

@@ -1,4 +1,4 @@
-"""Checks of arguments, with errors that name the argument. Free of TensorFlow."""
+"""Argument checks whose errors name the argument. This module does not import TensorFlow."""
 
 import math
 import operator
@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 LARGEST_INTEGER = 2**31 - 1
-ALWAYS_FREE = 1 << 24  # bytes. Asking the system takes longer than computing a small penalty
+ALWAYS_FREE = 1 << 24  # bytes. Reading the free memory takes longer than computing a small penalty
 
 
 def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False) -> float:
-    """Returns `value` as a plain float, or raises naming the argument."""
+    """Returns `value` as a plain float, or raises an error that names the argument."""
     wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
-    # NumPy booleans are not bools, and Python's are ints: neither is meant as a number here.
+    # A bool is an int, and float() accepts NumPy booleans and strings. None of them is meant as a number.
     try:
         if isinstance(value, (bool, np.bool_, str, bytes)):
             raise TypeError
         number = float(value)
-    except OverflowError:  # an int beyond all floats
+    except OverflowError:  # an int that is too large for a float
         number = math.inf
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number {wanted}. Received: {_received(name, value)}") from None
@@ -31,7 +31,7 @@ def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool
 
 
 def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
-    """Returns `value` as a plain int, or raises naming the argument."""
+    """Returns `value` as a plain int, or raises an error that names the argument."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
@@ -46,7 +46,7 @@ def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
 
 
 def check_accuracy(accuracy: Any) -> float:
-    """Returns a relative accuracy as a plain float, or raises."""
+    """Returns a relative accuracy as a plain float, or raises an error."""
     number = check_number("accuracy", accuracy, exclusive=True)
     if number >= 1:
         raise ValueError(f"accuracy must be below 1. Received: accuracy={number}")
@@ -54,32 +54,42 @@ def check_accuracy(accuracy: Any) -> float:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Returns `value` as a plain bool, or raises naming the argument."""
+    """Returns `value` as a plain bool, or raises an error that names the argument."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False. Received: {_received(name, value)}")
     return bool(value)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Returns `value` if it is one of the choices, or raises naming the argument."""
+    """Returns `value` if it is one of the choices, or raises an error that names the argument."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {tuple(choices)}. Received: {_received(name, value)}")
     return value
 
 
+def check_memory(needed: int, what: str, instead: str) -> None:
+    """Raises ValueError if `needed` bytes are more than this machine has free now.
+
+    Args:
+        needed: Number of bytes.
+        what: Start of the message, a clause that says what needs the memory.
+        instead: End of the message, what the user can use instead.
+
+    Raises:
+        ValueError: If the memory is not free.
+    """
+    free = free_memory() if needed > ALWAYS_FREE else needed  # not :=, which AutoGraph warns about
+    if needed > free:
+        raise ValueError(f"{what}: this needs {needed:,} bytes, but {free:,} are free. Use {instead}.")
+
+
 def _received(name: str, value: Any) -> str:
-    """name=value on one line. Long values are shortened."""
+    """Returns "name=value" on one line, with long values shortened."""
     return f"{name}={' '.join(reprlib.repr(value).split())}"
 
 
-def check_memory(needed: int, what: str, instead: str) -> None:
-    """Raises ValueError if `needed` bytes are more than this machine has free now."""
-    free = _free_memory() if needed > ALWAYS_FREE else needed  # AutoGraph warns of :=
-    if needed > free:
-        raise ValueError(f"{what}: that needs {needed:,} bytes, {free:,} are free. Use {instead}.")
-
-
-def _free_memory() -> int:
+def free_memory() -> int:
+    """Returns the number of bytes that this machine has free."""
     try:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,43 +1,33 @@
-"""The geometry of one axis and of the whole, and what is refused."""
+"""The geometry of one axis and of a whole convolution."""
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from geometries import CIRCULAR_CASES, KERAS_CASES, label
 
-from tf_frobreg.checks import check_number
-from tf_frobreg.convolution.geometry import Axis, Convolution
-from tf_frobreg.penalties.coincidence_classes import _count, coincidences
+from tf_frobreg.convolution.geometry import Convolution
 
 
-@given(
-    st.integers(1, 40),
-    st.integers(1, 5),
-    st.integers(1, 4),
-    st.integers(1, 3),
-    st.sampled_from(["same", "valid", "circular"]),
-    st.sampled_from(["input", "output"]),
-)
-def test_classes_of_a_long_axis_follow_from_short_ones(n, k, stride, dilation, padding, side):
-    assume(stride == 1 or dilation == 1)
-    axis = Axis(n, k, stride, dilation, padding)
-    assume(padding != "valid" or n >= axis.span)
-    assert axis.num_taps == len(axis.taps.entries)
-    expected = _count(axis, side)
-    found = coincidences(axis, side)
-    classes = {
-        tuple(map(tuple, found.pairs[members.astype(bool)].tolist())): count
-        for members, count in zip(found.members, found.counts, strict=True)
-    }
-    assert classes == dict(expected)
-    halved = coincidences(axis, side, half=True)
-    assert halved.counts.sum() == found.counts.sum()
-    assert np.array_equal(halved.counts[halved.diagonal], found.counts[found.diagonal])
+@pytest.mark.parametrize("case", KERAS_CASES + CIRCULAR_CASES, ids=label)
+def test_num_taps_is_the_number_of_taps(case):
+    axes = Convolution.of(case.kernel_shape, case.image, case.geometry).axes
+    assert [axis.num_taps for axis in axes] == [len(axis.taps.entries) for axis in axes]
 
 
-def test_a_3_tap_same_axis_has_seven_classes():
-    assert len(coincidences(Axis(100, 3, 1, 1, "same"), "input").counts) == 7
-    assert len(coincidences(Axis(3, 3, 1, 1, "same"), "input").counts) == 7
+@pytest.mark.parametrize("case", KERAS_CASES, ids=label)
+def test_shapes_are_those_of_the_keras_layer(case):
+    conv = Convolution.of(case.kernel_shape, case.image, case.geometry)
+    layer = case.layer(case.kernel())
+    assert conv.input_shape == (*case.image, case.channels)
+    assert conv.output_shape == tuple(layer.compute_output_shape((1, *conv.input_shape)))[1:]
+    assert conv.shape == (np.prod(conv.output_shape), np.prod(conv.input_shape))
+
+
+@pytest.mark.parametrize("case", KERAS_CASES + CIRCULAR_CASES, ids=label)
+def test_from_groups_inverts_by_group(case):
+    conv = Convolution.of(case.kernel_shape, case.image, case.geometry)
+    blocks = conv.by_group(case.kernel(), np)
+    assert blocks.shape == (*conv.kernel_size, *conv.blocks)
+    assert np.array_equal(conv.from_groups(blocks, np), case.kernel())
 
 
 @pytest.mark.parametrize(
@@ -73,15 +63,3 @@ def test_a_3_tap_same_axis_has_seven_classes():
 def test_bad_geometry_is_refused_by_name(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Convolution(**{"kernel_shape": (3, 3, 2, 4), "input_size": 8} | arguments)
-
-
-@pytest.mark.parametrize("value", [np.float32(0.5), np.int64(2), 3, 0.25])
-def test_numbers_may_be_numpy_scalars(value):
-    assert check_number("alpha", value) == value
-    assert type(check_number("alpha", value)) is float
-
-
-@pytest.mark.parametrize("value", [True, np.True_, "1", None, [1.0, 2.0], 1j, float("nan"), float("inf"), -1])
-def test_what_is_no_number_is_refused_by_name(value):
-    with pytest.raises((ValueError, TypeError), match="alpha must be .*Received: alpha="):
-        check_number("alpha", value)

@@ -7,12 +7,30 @@ from tf_frobreg.convolution.geometry import Axis, Convolution
 
 
 def apply(kernel: tf.Tensor, images: tf.Tensor, conv: Convolution) -> tf.Tensor:
-    """Returns M times each image of a batch, `(batch, *size, channels)`. Differentiable in both arguments."""
+    """Returns M times each image of a batch. Differentiable in both arguments.
+
+    Args:
+        kernel: Kernel of shape `conv.kernel_shape`.
+        images: `(batch, *conv.input_shape)`.
+        conv: The geometry.
+
+    Returns:
+        `(batch, *conv.output_shape)`.
+    """
     return (_adjoint if conv.transposed else _forward)(kernel, images, conv)
 
 
 def apply_adjoint(kernel: tf.Tensor, images: tf.Tensor, conv: Convolution) -> tf.Tensor:
-    """Returns Mᵀ times each image of a batch, as `apply`."""
+    """Returns Mᵀ times each image of a batch. Differentiable in both arguments.
+
+    Args:
+        kernel: Kernel of shape `conv.kernel_shape`.
+        images: `(batch, *conv.output_shape)`.
+        conv: The geometry.
+
+    Returns:
+        `(batch, *conv.input_shape)`.
+    """
     return (_forward if conv.transposed else _adjoint)(kernel, images, conv)
 
 
@@ -40,13 +58,13 @@ def _forward_by_group(kernel: tf.Tensor, padded: tf.Tensor, conv: Convolution) -
     groups, g, h = conv.blocks
     blocks = conv.by_group(kernel, tf)
     padded = tf.reshape(padded, (*padded.shape[:-1], groups, g))
-    total = 0.0
+    total = tf.zeros((), kernel.dtype)
     for tap in np.ndindex(*conv.kernel_size):
         places = tuple(
             slice(p * a.dilation, p * a.dilation + (a.output_size - 1) * a.stride + 1, a.stride)
             for p, a in zip(tap, conv.axes, strict=True)
         )
-        read = padded[(slice(None), *places)]
+        read = padded[(slice(None), *places)]  # (batch, *output_size, groups, g)
         total += read * blocks[tap][:, 0] if g == 1 else tf.einsum("...ug,ugh->...uh", read, blocks[tap])
     return tf.reshape(total, (*total.shape[:-2], groups * h))
 
@@ -66,10 +84,10 @@ def _pad(images: tf.Tensor, axis: Axis, number: int) -> tf.Tensor:
     end = (axis.output_size - 1) * axis.stride + axis.span - axis.pad  # one past the last input read
     if axis.padding == "circular":
         return tf.gather(images, np.arange(-axis.pad, end) % axis.input_size, axis=number)
-    before = [(0, 0)] * images.shape.rank
-    before[number] = (axis.pad, max(end - axis.input_size, 0))
+    added = [(0, 0)] * images.shape.rank
+    added[number] = (axis.pad, max(end - axis.input_size, 0))
     inside = [slice(None)] * images.shape.rank
     inside[number] = slice(0, min(end, axis.input_size))
     # Not tf.pad: TensorFlow 2.21 fuses Pad with a float32 Conv3D into an operation that ignores the padding.
     zero = tf.zeros((), images.dtype)
-    return tf.raw_ops.PadV2(input=images[tuple(inside)], paddings=before, constant_values=zero)
+    return tf.raw_ops.PadV2(input=images[tuple(inside)], paddings=added, constant_values=zero)

@@ -1,6 +1,6 @@
 """The geometry of one convolution: which output reads which input through which kernel entry.
 
-Everything else in the package follows from the taps of each spatial axis that are listed here.
+Each spatial axis lists its taps. Everything else in the package follows from them.
 """
 
 import dataclasses
@@ -26,12 +26,14 @@ NO_SPATIAL_AXIS = (
 )
 
 Size = int | Sequence[int]  # one int for all spatial axes, or one per axis
+Side = Literal["input", "output"]
 
 
 class Geometry(TypedDict, total=False):
     """The keyword arguments that say how a layer applies its kernel.
 
     Every function that takes a kernel and an `input_size` takes these too. `Convolution` explains them.
+    `clip_singular_values` refuses strides above 1.
 
     Example:
         >>> strided = Geometry(strides=2, padding="valid")
@@ -105,7 +107,10 @@ class Axis:
 
     @cached_property
     def taps(self) -> Taps:
-        """All (output, input, entry) triples with input = output·stride + entry·dilation − pad."""
+        """All (output, input, entry) with input = output·stride + entry·dilation − pad inside the image.
+
+        With "circular" padding the input is taken modulo the image size.
+        """
         outputs, entries = np.indices((self.output_size, self.kernel_size)).reshape(2, -1)
         inputs = outputs * self.stride + entries * self.dilation - self.pad
         if self.padding == "circular":
@@ -125,9 +130,10 @@ class Convolution:
             `(*kernel_size, filters, in_channels)` for "transpose".
         input_size: Spatial size of the layer's input, an int or one int per axis.
         strides: As in Keras, an int or one int per axis.
-        padding: "same" (zeros, Keras' rule), "valid", or "circular". With "circular" the image wraps around
-            and the output has the size it has with "same".
-        dilation_rate: As in Keras, an int or one int per axis. Not together with strides above 1.
+        padding: "same" (zeros, by Keras' rule), "valid", or "circular". With "circular" the image wraps
+            around, and the output is as large as with "same".
+        dilation_rate: As in Keras, an int or one int per axis. Cannot be combined with
+            strides above 1.
         groups: As in Keras' `Conv2D(groups=...)`. Only for `kind="conv"`.
         kind: "conv", "depthwise" or "transpose", for the layers `Conv*D`, `DepthwiseConv*D` and
             `Conv*DTranspose`. Their kernels have the same rank and different meanings.
@@ -159,7 +165,7 @@ class Convolution:
         dilation_rate: Size = 1,
         groups: int = 1,
         kind: str = "conv",
-    ):
+    ) -> None:
         geometry = check_geometry(
             Geometry(strides=strides, padding=padding, dilation_rate=dilation_rate, groups=groups, kind=kind)
         )
@@ -176,7 +182,7 @@ class Convolution:
 
     @classmethod
     def of(cls, kernel_shape: Sequence[int], input_size: Size, geometry: Geometry) -> Self:
-        """Returns the convolution of a caller's `**geometry`, and refuses unknown names."""
+        """Returns the convolution that a caller's `**geometry` describes, or raises an error."""
         _check_names(geometry)
         return cls(kernel_shape, input_size, **geometry)
 
@@ -207,7 +213,7 @@ class Convolution:
 
     @property
     def geometry(self) -> Geometry:
-        """The keyword arguments beside `kernel_shape` and `input_size`."""
+        """The keyword arguments other than `kernel_shape` and `input_size`."""
         return Geometry(
             strides=self.strides,
             padding=self.padding,
@@ -218,7 +224,7 @@ class Convolution:
 
     @cached_property
     def axes(self) -> tuple[Axis, ...]:
-        """One `Axis` per spatial axis, of the underlying convolution if `transposed`."""
+        """The spatial axes. If `transposed`, they belong to the convolution whose transpose is M."""
         parts = zip(self.input_size, self.kernel_size, self.strides, self.dilation_rate, strict=True)
         axes = tuple(Axis(n, k, s, d, self.padding) for n, k, s, d in parts)
         if not self.transposed:
@@ -256,17 +262,17 @@ class Convolution:
 
     @property
     def wide(self) -> bool:
-        """Whether M has fewer rows than columns, so that MMᵀ is its smaller Gram matrix, not MᵀM."""
+        """Whether M has fewer rows than columns. MMᵀ is then its smaller Gram matrix, otherwise MᵀM is."""
         rows, columns = self.shape
         return rows < columns
 
     @property
-    def gram_side(self) -> Literal["input", "output"]:
-        """The side of the convolution in `axes` whose pixels number the rows of the smaller Gram matrix."""
+    def gram_side(self) -> Side:
+        """Whether rows of the smaller Gram matrix are inputs or outputs of the convolution in `axes`."""
         return "output" if self.wide != self.transposed else "input"
 
     def _ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(input, output) of the convolution that `axes` describe."""
+        """Returns (input shape, output shape) of the convolution that `axes` describe."""
         groups, g, h = self.blocks
         return (
             (*(a.input_size for a in self.axes), groups * g),
@@ -295,6 +301,9 @@ def check_geometry(geometry: Geometry) -> dict[str, Any]:
     """Returns all keyword arguments of a `Geometry`, defaults included, as plain ints, tuples and strings.
 
     Checks everything that does not depend on the kernel's shape and the image.
+
+    Raises:
+        ValueError: If an argument is invalid. The message names the argument.
     """
     _check_names(geometry)
     padding = check_choice("padding", geometry.get("padding", "same"), PADDINGS)
@@ -321,7 +330,11 @@ def check_geometry(geometry: Geometry) -> dict[str, Any]:
 def check_layer_geometry(
     input_size: Size, geometry: Geometry
 ) -> tuple[int | tuple[int, ...], dict[str, Any]]:
-    """Returns (input_size, `check_geometry(geometry)`) of a layer whose kernel is not known yet."""
+    """Returns (input_size, `check_geometry(geometry)`) of a layer whose kernel is not known yet.
+
+    Raises:
+        ValueError: If an argument is invalid for every kernel. The message names the argument.
+    """
     checked = check_geometry(geometry)
     size = _check_size("input_size", input_size)
     per_axis = {"input_size": size} | {name: checked[name] for name in ("strides", "dilation_rate")}
@@ -339,6 +352,7 @@ def check_layer_geometry(
 
 
 def _check_names(geometry: Geometry) -> None:
+    """Raises an error if `geometry` has a key that `Geometry` does not have."""
     for name in geometry.keys() - Geometry.__annotations__.keys():
         raise TypeError(
             f"unknown argument {name!r}. A convolution is given by {', '.join(Geometry.__annotations__)}."
@@ -346,7 +360,7 @@ def _check_names(geometry: Geometry) -> None:
 
 
 def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
-    """Returns the shape as plain ints if a kernel can have it."""
+    """Returns the shape as plain ints, or raises an error if no kernel has it."""
     try:
         shape = tuple(n if n is None else check_integer("kernel_shape", n, minimum=0) for n in kernel_shape)
     except TypeError:
@@ -356,19 +370,20 @@ def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
         ) from None
     if len(shape) not in LAYERS:
         raise ValueError(
-            "kernel must have rank 4, (kh, kw, in_channels, filters), or that of another layer: 3 for "
-            f"Conv1D, 5 for Conv3D, 2 for Dense. Received: kernel.shape={shape}"
+            "kernel must have rank 4, (kh, kw, in_channels, filters), or the rank of another layer's kernel: "
+            f"3 for Conv1D, 5 for Conv3D, 2 for Dense. Received: kernel.shape={shape}"
         )
-    if None in shape or 0 in shape:
+    known = tuple(n for n in shape if n)  # without None and 0
+    if len(known) < len(shape):
         raise ValueError(
             f"kernel must have a known shape and must not be empty. Received: kernel.shape={shape}"
         )
-    return shape
+    return known
 
 
 def _check_size(name: str, value: Any) -> int | tuple[int, ...]:
     """Returns an int, or a tuple of at most three ints."""
-    if not np.ndim(value) > 0:  # lists, tuples, arrays, tensors and TensorShapes alike have dimensions
+    if not np.ndim(value) > 0:  # works for lists, tuples, arrays, tensors and TensorShapes alike
         return check_integer(name, value)
     if len(value) > max(LAYERS) - 2:
         raise ValueError(

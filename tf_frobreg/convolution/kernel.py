@@ -7,7 +7,20 @@ import tensorflow as tf
 
 
 def as_kernel(kernel: Any, *, check_finite: bool = True) -> tf.Tensor:
-    """Returns `kernel` as a tensor, or raises if it does not hold (finite) floats."""
+    """Returns `kernel` as a float tensor, or raises an error that says what is wrong with it.
+
+    Args:
+        kernel: Array, tensor or variable.
+        check_finite: Whether to refuse NaN and infinity. Values are not known while a function is traced and
+            are not checked then.
+
+    Returns:
+        A tensor of dtype float32 or float64.
+
+    Raises:
+        TypeError: If `kernel` is not a dense array of float32 or float64.
+        ValueError: If `kernel` contains NaN or infinity.
+    """
     try:
         tensor = tf.convert_to_tensor(kernel)
     except (TypeError, ValueError) as error:
@@ -27,7 +40,7 @@ def as_kernel(kernel: Any, *, check_finite: bool = True) -> tf.Tensor:
 
 
 def known_values(kernel: Any) -> np.ndarray:
-    """Returns the values of a kernel as an array, or raises if they are not known yet."""
+    """Returns the values of a kernel as an array, or raises an error if they are not known yet."""
     if not tf.executing_eagerly():
         raise TypeError(
             "kernel must have known values: singular values cannot be computed inside a tf.function. Call "

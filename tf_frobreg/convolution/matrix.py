@@ -14,17 +14,22 @@ from tf_frobreg.convolution.kernel import as_kernel
 __all__ = ["ToeplitzIndices", "index_set", "toeplitz_indices", "transformation_matrix"]
 
 LAYOUTS = ("channels_last", "paper")
-# Peak bytes per entry: 66 measured while the index is built and sorted, and room for the tensor made of it.
+# Peak bytes per entry: 66 measured while the index is built and sorted, plus the tensor made from the index.
 BYTES_PER_ENTRY = 80
 
 
 class ToeplitzIndices(NamedTuple):
-    """Where each kernel entry stands in M, in row-major order.
+    """Which kernel entry stands at which position of M, in row-major order.
 
     Attributes:
-        positions: `(entries, 2)` int64, the row and column of each appearance.
-        kernel_index: `(entries,)` int64, the flat index into the kernel of what stands there.
+        positions: `(entries, 2)` int64, the row and column of each entry of M.
+        kernel_index: `(entries,)` int64, the flat index of the kernel entry that stands there.
         dense_shape: (rows, columns) of M.
+
+    Example:
+        >>> index = toeplitz_indices((3, 1, 1, 1), (2, 1))
+        >>> index.dense_shape, index.kernel_index
+        ((2, 2), array([1, 2, 0, 1]))
     """
 
     positions: np.ndarray
@@ -35,32 +40,31 @@ class ToeplitzIndices(NamedTuple):
 def transformation_matrix(
     kernel: Any, input_size: Size, *, layout: str = "channels_last", **geometry: Unpack[Geometry]
 ) -> tf.SparseTensor:
-    r"""Returns the matrix M of a convolution, with `M·vec(X) = vec(Y)`, differentiable in `kernel`.
+    r"""Returns the transformation matrix M of a layer: M·vec(X) = vec(Y) for each input X and its output Y.
 
-    M is the doubly block banded Toeplitz matrix of equations (2.1) and (3.1) of the paper: its entries
-    are gathered from the kernel, so that `tf.GradientTape` carries the gradient of any function of M
-    back to the kernel. It needs about 80 bytes per entry while it is built; for the penalty
-    ‖MᵀM − αI‖²_F itself, `frobenius_penalty` needs no M.
+    M is the doubly block banded Toeplitz matrix of equations (2.1) and (3.1) of the paper. Its entries are
+    gathered from the kernel, so `tf.GradientTape` carries the gradient of any function of M back to the
+    kernel. Building M takes about 80 bytes per entry. `frobenius_penalty` computes ‖MᵀM − αI‖²_F without M.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
         input_size: Spatial size of the input image, an int or one int per axis.
-        layout: "channels_last" orders rows and columns as Keras flattens an image, (row, column,
-            channel). "paper" orders them (channel, row, column): (3.1) with blocks as in (2.1).
-        **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
+        layout: Order of rows and columns. "channels_last" is (row, column, channel), as Keras flattens an
+            image. "paper" is (channel, row, column), as in (3.1) with blocks as in (2.1).
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
 
     Returns:
-        A `tf.SparseTensor` of shape `(out_positions·filters, in_positions·in_channels)` in row-major
-        order, without repeated indices.
+        A `tf.SparseTensor` of shape `(output pixels · filters, input pixels · in_channels)`, in row-major
+        order and without repeated indices.
 
     Raises:
-        ValueError: Where an argument is invalid, or where M would not fit in memory (before anything
-            of that size is allocated).
-        TypeError: Where an argument has the wrong type.
+        ValueError: If an argument is invalid, or if M does not fit in memory. Nothing large has been
+            allocated then.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        A penalty of one's own, here on the sum of each row of M, is a few lines:
+        A custom penalty on the row sums of M takes a few lines:
 
         >>> kernel = tf.Variable([[[[1.0]]], [[[2.0]]], [[[-1.0]]]])  # 3 × 1 × 1 × 1
         >>> with tf.GradientTape() as tape:
@@ -77,7 +81,7 @@ def transformation_matrix(
     kernel = as_kernel(kernel)
     index = toeplitz_indices(kernel.shape, input_size, layout=layout, **geometry)
     values = tf.gather(tf.reshape(kernel, [-1]), index.kernel_index)
-    # Where the image is smaller than the kernel, "circular" taps fall onto each other: their sum counts.
+    # On an image smaller than the kernel, several "circular" taps share a position. Their values add up.
     first = np.ones(len(index.positions), dtype=bool)
     first[1:] = (index.positions[1:] != index.positions[:-1]).any(axis=1)
     if not first.all():
@@ -92,19 +96,21 @@ def toeplitz_indices(
     layout: str = "channels_last",
     **geometry: Unpack[Geometry],
 ) -> ToeplitzIndices:
-    """Returns the row, column and kernel entry of everything that stands in M.
+    """Returns which kernel entry stands at which position of M, equations (2.1) and (3.1).
 
     Args:
         kernel_shape: Shape of the kernel.
         input_size: Spatial size of the input image, an int or one int per axis.
-        layout: As for `transformation_matrix`.
-        **geometry: As for `transformation_matrix`.
+        layout: "channels_last" or "paper", the order of rows and columns.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
+            `tf_frobreg.Convolution`.
 
     Returns:
-        The index of M. A position appears more than once where "circular" taps fall onto each other.
+        The indices. A position is repeated if several "circular" taps share it.
 
     Raises:
-        ValueError, TypeError: As `transformation_matrix`.
+        ValueError: If an argument is invalid, or if the indices do not fit in memory.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> index = toeplitz_indices((3, 1, 1, 1), (2, 1))
@@ -118,7 +124,8 @@ def toeplitz_indices(
     check_memory(
         count * BYTES_PER_ENTRY,
         f"M of shape {conv.shape[0]} × {conv.shape[1]} has {count:,} entries",
-        'what needs no M, such as frobenius_penalty(..., method="closed_form"), or a smaller input_size',
+        'a function that does not form M, such as frobenius_penalty(..., method="closed_form"), or a smaller '
+        "input_size",
     )
 
     outputs, inputs, entries = _spatial_taps(conv)
@@ -148,20 +155,23 @@ def index_set(
     layout: str = "channels_last",
     **geometry: Unpack[Geometry],
 ) -> np.ndarray:
-    """Returns the paper's Ω: all (i, j) at which M holds one kernel entry (Theorems 2.1 and 3.1).
+    """Returns the paper's set Ω of one kernel entry k: all (i, j) with m_ij = k (Theorems 2.1 and 3.1).
 
     Args:
         kernel_shape: Shape of the kernel.
         input_size: Spatial size of the input image, an int or one int per axis.
         entry: Index of the kernel entry, 0-based, one int per axis of the kernel: (p, q, z, y).
-        layout: As for `transformation_matrix`.
-        **geometry: As for `transformation_matrix`.
+        layout: "channels_last" or "paper", the order of rows and columns.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
+            `tf_frobreg.Convolution`.
 
     Returns:
-        `(|Ω|, 2)` int64, row-major order.
+        `(|Ω|, 2)` int64, in row-major order.
 
     Raises:
-        ValueError, TypeError: As `transformation_matrix`, and where `entry` is not in the kernel.
+        ValueError: If an argument is invalid, if `entry` is not an index into the kernel, or if the indices
+            do not fit in memory.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> index_set((3, 1, 1, 1), (3, 1), (0, 0, 0, 0)).tolist()
@@ -179,9 +189,9 @@ def index_set(
 
 
 def _spatial_taps(conv: Convolution) -> Taps:
-    """The taps of all axes together: pixels and kernel entries as flat, row-major indices."""
+    """Returns the taps of all axes together, with flat, row-major indices of pixels and kernel entries."""
 
-    def join(left, right, size):
+    def join(left: np.ndarray, right: np.ndarray, size: int) -> np.ndarray:
         return (left[:, None] * size + right).ravel()
 
     joint = Taps(*np.zeros((3, 1), dtype=np.int64))
@@ -192,6 +202,6 @@ def _spatial_taps(conv: Convolution) -> Taps:
 
 
 def _positions(pixel: np.ndarray, channel: np.ndarray, pixels: int, channels: int, layout: str) -> np.ndarray:
-    """Row or column of M for each pixel and channel."""
+    """Returns the row or column of M that belongs to each pixel and channel."""
     pixel = pixel[:, None, None, None]
     return pixel * channels + channel if layout == "channels_last" else channel * pixels + pixel

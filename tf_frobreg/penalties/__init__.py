@@ -1,1 +1,1 @@
-"""The penalties on one kernel, with their gradients: R_α, and those of other methods."""
+"""Penalties on one kernel and their gradients: R_α, and the penalties of other methods."""

@@ -1,8 +1,8 @@
-"""Coincidence classes: what makes the closed form exact at a cost that does not depend on the image size.
+"""Coincidence classes: why the closed form is exact at a cost that does not depend on the image size.
 
-Entry (i, j) of one axis' Gram matrix collects the pairs (p, r) of kernel entries through which one output
-reads both input i and input j. Over the whole axis these sets of pairs take only a few distinct values,
-the classes, each at many places (i, j).
+Entry (i, j) of one axis' Gram matrix is a sum over pairs (p, r) of kernel entries. A pair belongs to the sum
+if one output reads input i through p and input j through r. Over the whole axis only a few different sets of
+pairs occur. They are the classes. Each class occurs at many places (i, j).
 """
 
 import dataclasses
@@ -13,10 +13,12 @@ from functools import lru_cache
 import numpy as np
 
 from tf_frobreg.checks import check_memory
-from tf_frobreg.convolution.geometry import Axis
+from tf_frobreg.convolution.geometry import Axis, Side
 
 # Per class and pair, from the bools here to the float64 and float32 matrices of the closed form.
 BYTES_PER_MEMBER = 40
+
+Class = tuple[tuple[int, int], ...]  # pairs (p, r), sorted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,10 @@ class Coincidences:
 
     Attributes:
         pairs: `(pairs, 2)`, the pairs (p, r) that occur in some class.
-        members: `(classes, pairs)` bool: which pairs make up which class.
-        counts: `(classes,)` floats, at how many (i, j) each class occurs.
-        diagonal: `(classes,)` bool: whether those (i, j) have i = j. (A class that holds a pair (p, p)
-            lies on the diagonal, and no other does.)
+        members: `(classes, pairs)` bool, which pairs belong to which class.
+        counts: `(classes,)` floats, the number of places (i, j) of each class.
+        diagonal: `(classes,)` bool, whether the places of a class have i = j. These are the classes that
+            contain a pair (p, p).
     """
 
     pairs: np.ndarray
@@ -38,13 +40,14 @@ class Coincidences:
 
 
 @lru_cache(maxsize=1024)
-def coincidences(axis: Axis, side: str, *, half: bool = False) -> Coincidences:
+def coincidences(axis: Axis, side: Side, *, half: bool = False) -> Coincidences:
     """Returns the coincidence classes of one axis.
 
     Args:
         axis: The axis.
-        side: "input" for MᵀM: pairs of inputs that share an output; "output" for MMᵀ.
-        half: Keep one of each two classes that are each other's transpose, and count it twice.
+        side: "input" for MᵀM, with pairs of inputs that share an output. "output" for MMᵀ, with pairs of
+            outputs that share an input.
+        half: Whether to keep only one of two classes that are each other's transpose, with twice the count.
     """
     classes = _count_classes(axis, side)
     if half:
@@ -54,7 +57,7 @@ def coincidences(axis: Axis, side: str, *, half: bool = False) -> Coincidences:
     check_memory(
         BYTES_PER_MEMBER * len(classes) * len(pairs),
         f"an axis of {axis.kernel_size} taps has {len(classes):,} coincidence classes, {len(pairs):,} pairs",
-        "no penalty on this layer, or a shorter kernel",
+        "a shorter kernel, or no penalty on this layer",
     )
     number = {pair: i for i, pair in enumerate(pairs)}
     members = np.zeros((len(classes), len(pairs)), dtype=bool)
@@ -68,18 +71,21 @@ def coincidences(axis: Axis, side: str, *, half: bool = False) -> Coincidences:
     )
 
 
-def places(axis: Axis, side: str) -> np.ndarray:
-    """Returns the rows (i, j, class) of one axis' Gram matrix, `class` numbered as by `coincidences`."""
+def places(axis: Axis, side: Side) -> np.ndarray:
+    """Returns a row (i, j, class) per place of one axis' Gram matrix, with the classes of `coincidences`."""
     classes = coincidences(axis, side)
     number = {
         tuple(map(tuple, classes.pairs[row].tolist())): count for count, row in enumerate(classes.members)
     }
-    found = [(i, j, number[c]) for c, where in _places(axis, side).items() for i, j in where]
+    found = [(i, j, number[c]) for c, where in _places_by_class(axis, side).items() for i, j in where]
     return np.array(found, dtype=np.int64).reshape(-1, 3)
 
 
 def joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) -> np.ndarray:
-    """The members of each joint class of several axes, among all pairs of flat indices (q…, s…)."""
+    """Returns which pairs (q, s) of flat tap indices belong to which joint class of several axes.
+
+    A joint class is one class per axis. The result is bool, `(joint classes, pairs)`, with all pairs.
+    """
     joint = np.ones((1, 1, 1), dtype=bool)  # (classes, q, s)
     for axis, k in zip(axes, kernel_sizes, strict=True):
         square = np.zeros((len(axis.counts), k, k), dtype=bool)
@@ -88,26 +94,31 @@ def joint_members(axes: Sequence[Coincidences], kernel_sizes: Sequence[int]) -> 
     return joint.reshape(len(joint), -1)
 
 
-def _count_classes(axis: Axis, side: str) -> dict[tuple, int]:
-    """Maps each class, a sorted tuple of pairs, to its number of places.
+def count_places(axis: Axis, side: Side) -> Counter[Class]:
+    """Returns the number of places of each class, by listing all of them."""
+    return Counter({c: len(where) for c, where in _places_by_class(axis, side).items()})
 
-    Beyond a few kernel widths a longer axis only repeats its interior: the numbers grow linearly, with
-    the period of the stride. Two short axes therefore tell the classes of a long one.
+
+def _count_classes(axis: Axis, side: Side) -> dict[Class, int]:
+    """Returns what `count_places` returns, at a cost that does not depend on the axis' length.
+
+    An axis longer than a few kernel widths only repeats its interior, with the period of the stride. The
+    counts grow linearly, so two short axes determine the counts of a long one.
     """
     period = axis.stride
     short = 2 * axis.span + 2 * period
     repeats = (axis.input_size - short) // period
     if repeats <= 1:
-        return _count(axis, side)
+        return count_places(axis, side)
     base_size = axis.input_size - repeats * period
     base, longer = (
-        _count(dataclasses.replace(axis, input_size=base_size + extra), side) for extra in (0, period)
+        count_places(dataclasses.replace(axis, input_size=base_size + extra), side) for extra in (0, period)
     )
     return {c: base[c] + repeats * (n - base[c]) for c, n in longer.items()}
 
 
-def _places(axis: Axis, side: str) -> dict[tuple, list[tuple[int, int]]]:
-    """Maps each class, a sorted tuple of pairs, to the places (i, j) where it occurs."""
+def _places_by_class(axis: Axis, side: Side) -> dict[Class, list[tuple[int, int]]]:
+    """Returns the places (i, j) of each class."""
     outputs, inputs, entries = axis.taps
     own, shared = (inputs, outputs) if side == "input" else (outputs, inputs)
     meeting = defaultdict(list)
@@ -122,7 +133,3 @@ def _places(axis: Axis, side: str) -> dict[tuple, list[tuple[int, int]]]:
     for place, pairs in pairs_at.items():
         found[tuple(sorted(pairs))].append(place)
     return found
-
-
-def _count(axis: Axis, side: str) -> Counter:
-    return Counter({c: len(where) for c, where in _places(axis, side).items()})

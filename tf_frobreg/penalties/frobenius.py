@@ -22,7 +22,7 @@ METHODS = ("closed_form", "sparse")
 class FrobeniusPenalty:
     """R_α of one geometry, as a function of the kernel.
 
-    The kernels passed to its methods are tensors that `as_kernel` has checked.
+    Its methods take kernels that `as_kernel` has checked.
 
     Attributes:
         conv: The geometry.
@@ -34,7 +34,7 @@ class FrobeniusPenalty:
     alpha: float
     method: str = "closed_form"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "alpha", check_number("alpha", self.alpha, exclusive=True))
         check_choice("method", self.method, METHODS)
 
@@ -44,16 +44,15 @@ class FrobeniusPenalty:
 
     @property
     def num_singular_values(self) -> int:
-        """Maximal rank of M. The excess is a sum over that many singular values."""
+        """Number of singular values in the excess. The rank of M is at most this number, for every kernel."""
         return self._closed_form.gram_size
 
     @property
     def floor(self) -> float:
-        """`penalty_floor`: each column beyond the maximal rank costs α²."""
+        """`penalty_floor`: each column beyond `num_singular_values` costs α²."""
         missing = self.conv.shape[1] - self.num_singular_values
-        return (
-            missing * self.alpha * self.alpha if missing else 0.0
-        )  # an α² beyond all floats must not become NaN
+        # α² can be infinite, and 0·∞ is NaN.
+        return missing * self.alpha * self.alpha if missing else 0.0
 
     def value(self, kernel: tf.Tensor) -> tf.Tensor:
         """Returns R_α."""
@@ -87,29 +86,32 @@ def frobenius_penalty(
     method: str = "closed_form",
     **geometry: Unpack[Geometry],
 ) -> tf.Tensor:
-    """Returns the paper's penalty R_α(K) = ‖MᵀM − αI‖²_F, M the transformation matrix of (2.1) and (3.1).
+    """Returns the paper's penalty R_α(K) = ‖MᵀM − αI‖²_F, with M the matrix of equations (2.1) and (3.1).
 
-    With σ the singular values of M, R_α = Σ (σ² − α)², summed over the columns of M (σ = 0 where M has
-    more columns than singular values). It is never below `penalty_floor`, but for rounding.
+    In terms of the singular values σ of M, R_α = Σ (σ² − α)². The sum has one term per column of M, with
+    σ = 0 for the columns beyond the number of singular values. Up to rounding, R_α is at least
+    `penalty_floor`.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
         input_size: Spatial size of the input image, an int or one int per axis.
         alpha: α, the target of σ². Positive.
-        method: "closed_form" costs the same for every image size; "sparse" forms M and takes memory for
-            it as a dense matrix. Both are exact.
-        **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
+        method: "closed_form" costs the same for every image size. "sparse" forms M and needs memory for it
+            as a dense matrix. Both are exact.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
 
     Returns:
-        A scalar tensor of the kernel's dtype, in units of σ⁴, differentiable in `kernel`, twice if need be.
+        A scalar tensor of the kernel's dtype, in units of σ⁴. It is twice differentiable in `kernel`.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid, or if the computation does not fit in memory. The message
+            names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        A 3×3 kernel with only its centre tap is the identity, and σ = 1 throughout; no kernel makes 3
-        channels out of 1 filter orthogonal:
+        A 3×3 kernel with a 1 at its centre tap is the identity, and every σ is 1. A kernel with 3 channels
+        and 1 filter leaves σ = 0 in two thirds of the columns:
 
         >>> import numpy as np
         >>> kernel = np.zeros((3, 3, 1, 1))
@@ -134,27 +136,30 @@ def frobenius_gradient(
     method: str = "closed_form",
     **geometry: Unpack[Geometry],
 ) -> tf.Tensor:
-    r"""Returns ∂R_α/∂K, twice what the paper's equation (3.2) calls G.
+    r"""Returns the gradient ∂R_α/∂K, which is twice the G of the paper's equation (3.2).
 
-    With `method="sparse"` it is Theorem 3.1 as written, over explicit M and Ω:
+    With `method="sparse"` it is computed as Theorem 3.1 states it, from explicit M and Ω:
 
         ½ ∂R_α/∂k_pqzy = Σ_{(i,j)∈Ω} ( Σ_t (MᵀM − αI)_{jt} m_it + Σ_s (MᵀM − αI)_{sj} m_is )
 
     Args:
-        kernel: As for `frobenius_penalty`.
-        input_size: As for `frobenius_penalty`.
-        alpha: As for `frobenius_penalty`.
-        method: As for `frobenius_penalty`.
-        **geometry: As for `frobenius_penalty`.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        alpha: α, the target of σ². Positive.
+        method: "closed_form" costs the same for every image size. "sparse" forms M as a dense matrix.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
+            `tf_frobreg.Convolution`.
 
     Returns:
         A tensor of the kernel's shape and dtype, in units of σ³.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid, or if the computation does not fit in memory. The message
+            names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        Along the identity R_1(c·K) = 400 (c² − 1)², whose slope at c = 2 is 400·2·3·4:
+        The identity K on a 20×20 image has R_1(c·K) = 400 (c² − 1)², with slope 400·2·3·4 at c = 2:
 
         >>> import numpy as np
         >>> kernel = np.zeros((3, 3, 1, 1))
@@ -170,28 +175,41 @@ def frobenius_gradient(
 def penalty_floor(
     kernel_shape: Sequence[int], input_size: Size, *, alpha: float = 1.0, **geometry: Unpack[Geometry]
 ) -> float:
-    """Returns α² · (columns of M − largest rank of M), below which R_α is for no kernel of this shape.
+    """Returns a lower bound on R_α for every kernel of this shape: α²·(columns of M − bound on its rank).
 
-    The columns beyond the rank have σ = 0 and cost α² each. The rank is at most the number of rows and of
-    columns that some tap reaches, which is all of them unless strides jump over inputs; so the floor is
-    α² · max(0, columns − rows) for most layers. Whether a kernel attains it is another question: under
-    zero padding, only kernels without any tap but one can.
+    The columns of M beyond its rank have σ = 0 and cost α² each. The rank is at most the number of rows, and
+    at most the number of columns, that some tap reaches. Unless strides skip inputs, the bound is
+    α²·max(0, columns − rows).
+
+    Not every layer attains the bound. With padding "same" and strides 1, only a kernel whose one nonzero tap
+    is the centre tap can attain it. (An image smaller than the dilated kernel is an exception.) With "valid"
+    or "circular" padding, and with strides above 1, kernels of several taps can attain it.
 
     Args:
         kernel_shape: Shape of the kernel.
-        input_size: As for `frobenius_penalty`.
-        alpha: As for `frobenius_penalty`.
-        **geometry: As for `frobenius_penalty`.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        alpha: α, the target of σ². Positive.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
+            `tf_frobreg.Convolution`.
 
     Returns:
-        The floor, in units of σ⁴.
+        The bound, in units of σ⁴.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid. The message names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> penalty_floor((3, 3, 3, 1), 20), penalty_floor((3, 3, 6, 3), 20), penalty_floor((3, 3, 3, 6), 20)
         (800.0, 1200.0, 0.0)
+
+        Two taps attain the bound with "valid" padding, but not with "same":
+
+        >>> import numpy as np
+        >>> kernel = np.zeros((2, 1, 2, 2))
+        >>> kernel[0, 0], kernel[1, 0] = np.diag([1, 0]), np.diag([0, 1])
+        >>> print(*(penalty_excess(kernel, (5, 4), padding=p).numpy().round(9) for p in ("valid", "same")))
+        0.0 4.0
     """
     return FrobeniusPenalty(Convolution.of(kernel_shape, input_size, geometry), alpha).floor
 
@@ -199,22 +217,26 @@ def penalty_floor(
 def penalty_excess(
     kernel: Any, input_size: Size, *, alpha: float = 1.0, **geometry: Unpack[Geometry]
 ) -> tf.Tensor:
-    """Returns R_α(K) − `penalty_floor`, the part that a better kernel could do without.
+    """Returns R_α(K) − `penalty_floor`, the part of the penalty that depends on the kernel.
 
-    It is computed without the floor, by the closed form, and so keeps its digits where R_α would lose them
-    in the difference: it is Σ (σ² − α)² over as many singular values as M can have.
+    This is Σ (σ² − α)² over the largest σ only, as many as the bound on the rank of M allows. The closed form
+    computes it directly. Subtracting the floor from R_α would lose digits.
 
     Args:
-        kernel: As for `frobenius_penalty`.
-        input_size: As for `frobenius_penalty`.
-        alpha: As for `frobenius_penalty`.
-        **geometry: As for `frobenius_penalty`.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
+        input_size: Spatial size of the input image, an int or one int per axis.
+        alpha: α, the target of σ². Positive.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
+            `tf_frobreg.Convolution`.
 
     Returns:
-        A scalar tensor of the kernel's dtype, in units of σ⁴, at least 0.
+        A scalar tensor of the kernel's dtype, in units of σ⁴, at least 0. It is twice differentiable in
+        `kernel`.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid, or if the computation does not fit in memory. The message
+            names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""The projection of Sedghi, Gupta and Long: it clips the singular values of the border-free operator."""
+"""The projection of Sedghi, Gupta and Long, which clips the singular values of the border-free operator."""
 
 import reprlib
 from typing import Any, Unpack
@@ -18,25 +18,29 @@ def clip_singular_values(
 ) -> tf.Tensor:
     """Returns the kernel with the singular values of its border-free operator clipped to [low, high].
 
-    As in H. Sedghi, V. Gupta and P. Long, "The singular values of convolutional layers" (ICLR 2019),
-    reference [12] of the paper: a Fourier transform turns the operator of an image that repeats itself into
-    one small matrix per frequency; their singular values are clipped, and of the kernel that results, as
-    large as the image, the k×k taps are kept. The cut moves the singular values again, and the real layer's
-    border moves them once more: neither bound holds exactly after it. Repeated calls come closer.
+    This is the projection of H. Sedghi, V. Gupta and P. Long, "The singular values of convolutional layers"
+    (ICLR 2019), reference [12] of the paper. On an image that repeats itself, a Fourier transform turns the
+    operator into one small matrix per frequency. The singular values of these matrices are clipped. The
+    resulting kernel is as large as the image, and only its k×k taps are kept.
+
+    Neither bound holds exactly afterwards. Cutting the kernel moves the singular values again, and so does
+    the border of the real layer. Repeated calls come closer to the bounds.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis; at least the dilated kernel.
-        low: Least σ, at least 0. The paper of Sedghi, Gupta and Long has 0: no bound from below.
-        high: Largest σ.
-        **geometry: `strides` (must be 1), `padding` (which does not matter: the operator has no border),
-            `dilation_rate`, `groups`, `kind`, as in `tf_frobreg.Convolution`.
+        input_size: Spatial size of the input image, an int or one int per axis. At least the size of the
+            dilated kernel.
+        low: Lower bound of σ, at least 0. Sedghi, Gupta and Long have no lower bound, as with 0.
+        high: Upper bound of σ, positive and at least `low`.
+        **geometry: `dilation_rate`, `groups` and `kind`, as for `tf_frobreg.Convolution`. `strides` above 1
+            are refused. `padding` has no effect, because the operator has no border.
 
     Returns:
         A tensor of the kernel's shape and dtype.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid. The message names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> import numpy as np
@@ -61,7 +65,7 @@ def clip(kernel: tf.Tensor, conv: Convolution, low: float, high: float) -> tf.Te
     taps = tf.transpose(blocks, (rank, rank + 1, rank + 2, *range(rank)))
     spread = _dilate(taps, conv)
     sizes = [axis.input_size for axis in conv.axes]
-    # Where the taps stand only turns the phase of each frequency, which no singular value sees.
+    # The position of the taps changes only the phase of each frequency, and no singular value.
     spectrum = _FORWARD[rank](spread, sizes) if rank else taps
     matrices = tf.transpose(spectrum, (*range(3, 3 + rank), 0, 1, 2))
     sigma, left, right = tf.linalg.svd(matrices)
@@ -73,7 +77,7 @@ def clip(kernel: tf.Tensor, conv: Convolution, low: float, high: float) -> tf.Te
     return conv.from_groups(tf.transpose(kept, (*range(3, 3 + rank), 0, 1, 2)), tf)
 
 
-# By the number of spatial axes; the images are real, so that half of the frequencies suffices.
+# By the number of spatial axes. The images are real, so half of the frequencies suffice.
 _FORWARD = {1: tf.signal.rfft, 2: tf.signal.rfft2d, 3: tf.signal.rfft3d}
 _BACK = {1: tf.signal.irfft, 2: tf.signal.irfft2d, 3: tf.signal.irfft3d}
 
@@ -90,7 +94,7 @@ def _dilate(taps: tf.Tensor, conv: Convolution) -> tf.Tensor:
 
 
 def check_interval(low: Any, high: Any) -> tuple[float, float]:
-    """Returns the bounds as floats, or raises."""
+    """Returns the bounds as floats, or raises an error that names the wrong one."""
     low, high = check_number("low", low), check_number("high", high, exclusive=True)
     if low > high:
         raise ValueError(f"low must be at most high. Received: low={low}, high={high}")
@@ -98,12 +102,13 @@ def check_interval(low: Any, high: Any) -> tuple[float, float]:
 
 
 def check_strides(strides: Any) -> None:
-    """Raises if a stride is above 1."""
+    """Raises an error if a stride is above 1."""
     if np.max(strides, initial=1) > 1:
         raise ValueError(f"strides must be 1 for the projection. Received: strides={strides}")
 
 
 def _check_operator(conv: Convolution) -> None:
+    """Raises an error if the projection is not defined for this geometry."""
     check_strides(conv.strides)
     for axis in conv.axes:
         if axis.input_size < axis.span:

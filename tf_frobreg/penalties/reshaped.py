@@ -1,4 +1,4 @@
-"""The penalty that others put on the kernel as a plain matrix, which is not the layer's."""
+"""The penalty on the reshaped kernel. That matrix is not the transformation matrix of the layer."""
 
 import math
 from typing import Any
@@ -12,25 +12,27 @@ __all__ = ["reshaped_penalty"]
 
 
 def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> tf.Tensor:
-    """Returns ‖WᵀW − αI‖²_F, W the h × (g·k·k) matrix reshaped from the kernel.
+    """Returns ‖WᵀW − αI‖²_F, with W the h × (g·k·k) matrix reshaped from the kernel.
 
-    It is what references [1, 3, 11, 17] of the paper do for convolutions ("soft orthogonality"), up to the
-    scale. W has one row per filter and knows neither image nor border; its singular values are not the
-    layer's: an orthogonal W still lets σ(M) be anything from 0 to √(k·k).
+    The papers cited as [1, 3, 11, 17] in Guo's paper constrain a convolution through W ("soft
+    orthogonality"). This is their penalty up to a factor. W has one row per filter and does not depend on
+    the image size, strides or padding, so this function takes no geometry. The singular values of W are not
+    those of the layer. If W is orthogonal, those of M can be anything from 0 to √(k·k).
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        alpha: α, the target of W's squared singular values. Positive.
+        alpha: α, the target of the squared singular values of W. Positive.
 
     Returns:
-        A scalar tensor of the kernel's dtype, differentiable in `kernel`, at least
+        A scalar tensor of the kernel's dtype, in units of σ⁴, differentiable in `kernel`. It is at least
         α²·max(0, g·k·k − h).
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid. The message names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        A mean of nine pixels is a unit row W, and the layer's σmax is 3:
+        For a mean of nine pixels W is a unit row, but σmax of the layer is almost 3:
 
         >>> import numpy as np
         >>> from tf_frobreg import singular_values
@@ -43,7 +45,7 @@ def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> tf.Tensor:
 
 
 def evaluate_reshaped(kernel: tf.Tensor, alpha: float) -> tf.Tensor:
-    """`reshaped_penalty` of arguments that have been checked, but for the kernel's shape."""
+    """Returns `reshaped_penalty` of checked arguments, except that it checks the kernel's shape."""
     if kernel.shape.rank is None or kernel.shape.rank < 2 or None in kernel.shape:
         raise ValueError(
             "kernel must have a known shape, (*kernel_size, in_channels, filters). "
@@ -53,5 +55,5 @@ def evaluate_reshaped(kernel: tf.Tensor, alpha: float) -> tf.Tensor:
     matrix = tf.reshape(kernel, (rest, filters))  # Wᵀ
     gram = tf.matmul(matrix, matrix, transpose_a=filters <= rest, transpose_b=filters > rest)
     residual = tf.linalg.set_diag(gram, tf.linalg.diag_part(gram) - alpha)
-    # WᵀW has rest − filters eigenvalues 0 that the smaller WWᵀ lacks.
+    # WᵀW has rest − filters zero eigenvalues that the smaller WWᵀ lacks.
     return tf.reduce_sum(residual**2) + alpha * alpha * max(0, rest - filters)

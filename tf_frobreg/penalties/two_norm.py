@@ -1,6 +1,7 @@
-"""Guo's earlier penalty, the 2-norm ‖MᵀM − αI‖₂, by power steps that never form M."""
+"""The penalty of Guo and Ye, the 2-norm ‖MᵀM − αI‖₂, by power steps that do not form M."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import tensorflow as tf
@@ -24,34 +25,36 @@ def spectral_penalty(
     power_steps: int = 200,
     **geometry: Unpack[Geometry],
 ) -> tf.Tensor:
-    """Returns ‖MᵀM − αI‖₂ = max |σ² − α|, over the columns of M, from below.
+    """Returns the 2-norm penalty ‖MᵀM − αI‖₂ = max |σ² − α|, estimated from below.
 
-    It is the penalty of P.-C. Guo and Q. Ye (arXiv:1906.04866), reference [7] of the paper. Only the σ that
-    is farthest from √α enters, and its gradient is that of one pair of singular vectors u, v:
-    ∂(uᵀMᵀMv)/∂K. They come from power steps, from a fixed random start; each takes one convolution and one
-    transposed convolution. `SpectralRegularizer` keeps the vectors and so needs two steps at a time.
+    This is the penalty of P.-C. Guo and Q. Ye (arXiv:1906.04866), reference [7] of the paper. Only the σ with
+    the largest |σ² − α| matters. The gradient is that of one pair of singular vectors u and v,
+    ∂(uᵀMᵀMv)/∂K. Power steps from a fixed random vector find the pair. Each step takes one convolution and
+    one transposed convolution. `SpectralRegularizer` keeps the vectors and needs only two steps per
+    evaluation.
 
-    Where M has more columns than rows, some σ are 0 whatever the kernel is, and the penalty is at least α:
-    its gradient then ends where σmax² ≤ 2α. gram="smaller" leaves those σ out.
+    If M has more columns than rows, some σ are 0 for every kernel, and the penalty is at least α. The
+    gradient is then zero if σmax² ≤ 2α. With gram="smaller" these σ do not count.
 
     Args:
         kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
         input_size: Spatial size of the input image, an int or one int per axis.
         alpha: α, the target of σ². Positive.
-        gram: "columns" for MᵀM as above; "smaller" for MMᵀ in its place where M has more columns than rows.
-        power_steps: Products with the Gram matrix. Too few give too small a value: the error falls as the
-            ratio of the two largest |σ² − α|, to the power of twice the steps.
-        **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
+        gram: "columns" for MᵀM, as above. "smaller" for MMᵀ in its place if M has more columns than rows.
+        power_steps: Number of products with the Gram matrix. With too few the value is too small. The error
+            is about r^(2·power_steps), where r is the ratio of the two largest |σ² − α|.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
 
     Returns:
         A scalar tensor of the kernel's dtype, in units of σ², differentiable once in `kernel`.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid. The message names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        The identity times 2 has σ² = 4 throughout; one filter of three channels leaves two σ in three at 0:
+        Every σ² of twice the identity is 4. One filter of three channels leaves two thirds of the σ at 0:
 
         >>> import numpy as np
         >>> kernel = np.zeros((3, 3, 1, 1))
@@ -75,20 +78,33 @@ def spectral_penalty(
 def power_iteration(
     kernel: tf.Tensor, vector: tf.Tensor, conv: Convolution, alpha: float, gram: str, steps: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """(the penalty as it is known after some power steps from `vector`, the vector they led to)."""
+    """Returns an estimate of the penalty, and the vector after the power steps.
+
+    Args:
+        kernel: Kernel of shape `conv.kernel_shape`.
+        vector: Start of the power steps, from `start_vector` or from an earlier call.
+        conv: The geometry.
+        alpha: α, the target of σ².
+        gram: "columns" or "smaller".
+        steps: Number of power steps.
+
+    Returns:
+        (penalty, vector). The penalty is differentiable in `kernel`.
+    """
     ahead, back = (apply_adjoint, apply) if _uses_mmt(conv, gram) else (apply, apply_adjoint)
-    # Squares of large kernels overflow long before the penalty does.
+    # The squares of large kernel entries overflow long before the penalty does.
     scale = tf.maximum(tf.stop_gradient(tf.reduce_max(tf.abs(kernel))), 1.0)
     kernel, target = kernel / scale, alpha / scale**2
     fixed = tf.stop_gradient(kernel)
 
-    def step(number, left, right):
+    def step(number: tf.Tensor, _: tf.Tensor, right: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         image = back(fixed, ahead(fixed, right, conv), conv) - target * right
         norm = tf.norm(image)
-        # Where σ² = α throughout, the vector has nowhere to go and stays.
+        # If every σ² is α, the image is zero and the vector stays.
         return number + 1, right, tf.where(norm > 0, tf.math.divide_no_nan(image, norm), right)
 
-    # u and v differ where σ² − α of both signs are equally far: v alone would tell too small a value then.
+    # The last two vectors differ if σ² − α is equally large with both signs. One vector alone would then give
+    # too small a value.
     _, left, right = tf.while_loop(lambda number, *_: number < steps, step, [0, vector, vector])
     left, right = tf.stop_gradient(left), tf.stop_gradient(right)
     both = ahead(kernel, tf.concat([left, right], axis=0), conv)
@@ -96,24 +112,26 @@ def power_iteration(
     return scale * (scale * tf.abs(value)), right
 
 
-@functools.lru_cache(maxsize=8)  # many power steps one by one would be slow
-def _traced(conv, alpha, gram, steps):
+@functools.lru_cache(maxsize=8)
+def _traced(conv: Convolution, alpha: float, gram: str, steps: int) -> Callable[..., Any]:
+    """Returns `power_iteration` as a traced function, because many eager steps are slow."""
     return tf.function(
         lambda kernel, start: power_iteration(kernel, start, conv, alpha, gram, steps), autograph=False
     )
 
 
 def start_vector(conv: Convolution, gram: str, dtype: tf.DType) -> tf.Tensor:
-    """A random unit vector, the same each time: `(1, *size, channels)`."""
+    """Returns a random unit vector `(1, *size, channels)`, the same at every call."""
     shape = (1, *(conv.output_shape if _uses_mmt(conv, gram) else conv.input_shape))
     vector = tf.random.stateless_normal(shape, seed=(0, 0), dtype=dtype)
     return vector / tf.norm(vector)
 
 
 def check_gram(gram: Any) -> str:
-    """Returns `gram` if it names a Gram matrix, or raises."""
+    """Returns `gram` if it names a Gram matrix, or raises an error."""
     return check_choice("gram", gram, GRAMS)
 
 
 def _uses_mmt(conv: Convolution, gram: str) -> bool:
+    """Returns whether the Gram matrix is MMᵀ, not MᵀM."""
     return gram == "smaller" and conv.wide

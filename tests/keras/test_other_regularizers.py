@@ -1,0 +1,151 @@
+"""SpectralRegularizer and ReshapedRegularizer in the models of Keras users."""
+
+import copy
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from geometries import normal
+from ids import stable_id
+from small_models import fit, small_model
+
+from tf_frobreg import (
+    ReshapedRegularizer,
+    SpectralRegularizer,
+    reshaped_penalty,
+    singular_values,
+    transformation_matrix,
+)
+
+
+def test_spectral_regularizer_follows_the_kernel_with_two_steps_at_a_time():
+    kernel = tf.Variable(normal(3, 3, 2, 3))
+    regularizer = SpectralRegularizer(6, factor=0.5, alpha=2.0)
+    values = [regularizer(kernel).numpy() for _ in range(300)]
+    assert values[0] < values[-1] * (1 - 1e-3)
+    with tf.GradientTape(persistent=True) as tape:
+        last = regularizer(kernel)
+        matrix = tf.sparse.to_dense(transformation_matrix(kernel, 6))
+        residual = tf.matmul(matrix, matrix, transpose_a=True) - 2.0 * tf.eye(72, dtype=tf.float64)
+        expected = 0.5 * tf.linalg.svd(residual, compute_uv=False)[0]
+    assert last.numpy() == pytest.approx(expected.numpy(), rel=1e-6)
+    np.testing.assert_allclose(
+        tape.gradient(last, kernel), tape.gradient(expected, kernel), atol=1e-4 * expected.numpy()
+    )
+    sigma = singular_values(kernel, 6)
+    kernel.assign(1.01 * kernel)
+    assert regularizer(kernel).numpy() == pytest.approx(0.5 * (1.01**2 * sigma[0] ** 2 - 2.0), rel=1e-3)
+
+
+def test_kernels_that_are_gone_leave_nothing_to_others():
+    regularizer = SpectralRegularizer(5)
+    for number in range(60):
+        shape = (3, 3, 1 + number % 3, 2)
+        regularizer(tf.Variable(normal(*shape)))
+        layer = keras.layers.Conv2D(2, 3)
+        layer.build((None, 5, 5, shape[2]))
+        regularizer(layer.kernel)
+    assert len(regularizer._vectors) < 20
+    assert copy.deepcopy(regularizer).get_config() == regularizer.get_config()
+
+
+MODES = [{}, {"jit_compile": True}, {"run_eagerly": True}]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=stable_id)
+def test_one_spectral_regularizer_serves_two_layers_in_training(mode):
+    model = small_model(kernel_regularizer=SpectralRegularizer(8, factor=0.1))
+    before = [singular_values(layer.kernel, 8) for layer in model.layers[:2]]
+    fit(model, epochs=30, **mode)
+    for layer, sigma in zip(model.layers, before, strict=False):
+        after = singular_values(layer.kernel, 8)
+        assert abs(after**2 - 1).max() < 0.8 * abs(sigma**2 - 1).max()
+
+
+@pytest.mark.parametrize(
+    "regularizer",
+    [
+        SpectralRegularizer([8, 8], 0.1, 2.0, gram="smaller", padding="same"),
+        ReshapedRegularizer(0.1, 2.0),
+    ],
+    ids=lambda regularizer: type(regularizer).__name__,
+)
+def test_saved_models_come_back(regularizer, tmp_path):
+    path, config = tmp_path / "model.keras", regularizer.get_config()
+    small_model(kernel_regularizer=regularizer).save(path)
+    loaded = keras.models.load_model(path)
+    again = loaded.layers[0].kernel_regularizer
+    assert type(again) is type(regularizer)
+    assert again.get_config() == config
+    assert type(regularizer).from_config(config).get_config() == config
+    fit(loaded)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 1e9), ("float32", 1e-30), ("float64", 1e100)])
+def test_power_steps_recover_from_badly_scaled_kernels(dtype, scale):
+    regularizer = SpectralRegularizer(8, factor=1.0)
+    variable = tf.Variable(1e10 * (scale * normal(3, 3, 1, 2)).astype(dtype))
+    regularizer(variable)
+    variable.assign(normal(3, 3, 1, 2))
+    values = [regularizer(variable).numpy() for _ in range(100)]
+    expected = singular_values(variable, 8)[0] ** 2 - 1
+    assert values[-1] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 2, 3), (1, 1, 2, 5), (3, 2, 4), (4, 3), (2, 2, 2, 2, 40)])
+def test_reshaped_regularizer_is_factor_times_penalty(shape):
+    kernel = normal(*shape)
+    expected = 0.1 * reshaped_penalty(kernel, alpha=1.5).numpy()
+    assert ReshapedRegularizer(0.1, 1.5)(kernel).numpy() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_nan_does_not_stay_in_the_power_steps():
+    regularizer = SpectralRegularizer(6, factor=1.0)
+    bad, good = np.full((3, 3, 1, 1), np.nan), normal(3, 3, 1, 1)
+    assert np.isnan(regularizer(bad).numpy())
+    assert np.isfinite(regularizer(good).numpy())
+
+
+def test_spectral_regularizer_on_two_devices():
+    script = """
+import tensorflow as tf
+devices = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(devices[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, numpy as np
+from tf_frobreg import SpectralRegularizer, singular_values
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+keras.utils.set_random_seed(1)
+with strategy.scope():
+    conv = keras.layers.Conv2D(3, 3, padding="same", kernel_regularizer=SpectralRegularizer(8, 0.1))
+    model = keras.Sequential([keras.Input((8, 8, 3)), conv])
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+x = np.zeros((16, 8, 8, 3), "float32")
+before = abs(singular_values(conv.kernel, 8) ** 2 - 1).max()
+model.fit(x, x, batch_size=4, epochs=30, verbose=0)
+print(before, abs(singular_values(conv.kernel, 8) ** 2 - 1).max())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = map(float, done.stdout.split())
+    assert after < 0.8 * before
+
+
+KERNEL = np.ones((3, 3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SpectralRegularizer(8, factor=-1), "factor must be"),
+        (lambda: SpectralRegularizer(0), "input_size must be at least 1"),
+        (lambda: SpectralRegularizer(8, stride=2), "unknown argument 'stride'"),
+        (lambda: SpectralRegularizer(8, power_steps=1.5), "power_steps must be an integer"),
+        (lambda: ReshapedRegularizer(factor="much"), "factor must be a number"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -1,0 +1,46 @@
+"""Coincidence classes: those of a long axis follow from short ones."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from tf_frobreg import frobenius_penalty
+from tf_frobreg.convolution.geometry import Axis
+from tf_frobreg.penalties.coincidence_classes import coincidences, count_places
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from(["same", "valid", "circular"]),
+    st.sampled_from(["input", "output"]),
+)
+def test_classes_of_a_long_axis_follow_from_short_ones(n, k, stride, dilation, padding, side):
+    assume(stride == 1 or dilation == 1)
+    axis = Axis(n, k, stride, dilation, padding)
+    assume(padding != "valid" or n >= axis.span)
+    assert axis.num_taps == len(axis.taps.entries)
+    expected = count_places(axis, side)
+    found = coincidences(axis, side)
+    classes = {
+        tuple(map(tuple, found.pairs[members.astype(bool)].tolist())): count
+        for members, count in zip(found.members, found.counts, strict=True)
+    }
+    assert classes == dict(expected)
+    halved = coincidences(axis, side, half=True)
+    assert halved.counts.sum() == found.counts.sum()
+    assert np.array_equal(halved.counts[halved.diagonal], found.counts[found.diagonal])
+
+
+def test_a_3_tap_same_axis_has_seven_classes():
+    assert len(coincidences(Axis(100, 3, 1, 1, "same"), "input").counts) == 7
+    assert len(coincidences(Axis(3, 3, 1, 1, "same"), "input").counts) == 7
+
+
+def test_long_kernels_are_refused_before_they_fill_the_memory():
+    assert np.isfinite(frobenius_penalty(np.ones((40, 1, 2)), 16000, strides=4, padding="valid"))
+    with pytest.raises(ValueError, match=r"an axis of 320 taps has [\d,]+ coincidence classes.*bytes"):
+        frobenius_penalty(np.ones((320, 1, 2)), 160000, strides=80, padding="valid")

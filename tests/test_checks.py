@@ -1,0 +1,100 @@
+"""Argument checks."""
+
+import builtins
+
+import numpy as np
+import pytest
+
+import tf_frobreg.checks
+from tf_frobreg.checks import (
+    check_accuracy,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_memory,
+    check_number,
+    free_memory,
+)
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.int64(2), 3, 0.25])
+def test_numbers_may_be_numpy_scalars(value):
+    assert check_number("alpha", value) == value
+    assert type(check_number("alpha", value)) is float
+
+
+@pytest.mark.parametrize("value", [True, np.True_, "1", None, [1.0, 2.0], 1j, float("nan"), float("inf"), -1])
+def test_what_is_no_number_is_refused_by_name(value):
+    with pytest.raises((ValueError, TypeError), match="alpha must be .*Received: alpha="):
+        check_number("alpha", value)
+
+
+@pytest.mark.parametrize("value", [1, np.int8(1), np.uint64(2**31 - 1)])
+def test_integers_may_be_numpy_scalars(value):
+    assert check_integer("groups", value) == value
+    assert type(check_integer("groups", value)) is int
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (True, "groups must be an integer. Received: groups=True"),
+        (np.False_, "groups must be an integer"),
+        (1.0, "groups must be an integer. Received: groups=1.0"),
+        ("1", "groups must be an integer. Received: groups='1'"),
+        (None, "groups must be an integer"),
+        (0, "groups must be at least 1. Received: groups=0"),
+        (2**31, "groups must be at most 2147483647"),
+    ],
+)
+def test_what_is_no_integer_is_refused_by_name(value, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        check_integer("groups", value)
+
+
+def test_accuracies_are_between_0_and_1():
+    assert check_accuracy(1e-3) == 1e-3
+    for value in (0, 1, -1, 2.0):
+        with pytest.raises(ValueError, match="accuracy must be"):
+            check_accuracy(value)
+
+
+def test_flags_are_booleans():
+    assert check_flag("half", np.True_) is True
+    assert check_flag("half", False) is False
+    for value in (1, None, "yes"):
+        with pytest.raises(TypeError, match="half must be True or False. Received: half="):
+            check_flag("half", value)
+
+
+def test_choices_are_strings_of_the_list():
+    assert check_choice("side", "input", ("input", "output")) == "input"
+    for value in ("rows", None, ["input"], np.array(["input"])):
+        with pytest.raises(ValueError, match=r"side must be one of \('input', 'output'\). Received: side="):
+            check_choice("side", value, ("input", "output"))
+
+
+def test_long_values_are_shortened_in_messages():
+    with pytest.raises(TypeError) as error:
+        check_number("alpha", list(range(10**4)))
+    assert len(str(error.value)) < 100
+
+
+def test_memory_is_checked_against_what_is_free(monkeypatch):
+    monkeypatch.setattr(tf_frobreg.checks, "free_memory", lambda: 10**9)
+    check_memory(10**9, "a matrix", "a smaller one")
+    with pytest.raises(
+        ValueError,
+        match="a matrix: this needs 1,000,000,001 bytes, but 1,000,000,000 are free. Use a smaller one.",
+    ):
+        check_memory(10**9 + 1, "a matrix", "a smaller one")
+
+
+def test_free_memory_does_not_need_linux(monkeypatch):
+    assert free_memory() > 1 << 24
+
+    def no_such_file(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(builtins, "open", no_such_file)
+    assert free_memory() > 1 << 24
