@@ -1,9 +1,14 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# One thread per process: pytest-xdist already uses all cores, and sums have the same order on every machine.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from hypothesis import settings
 
-# Time limits would fail on a busy machine; the same examples every time make a red run reproducible.
+# Time limits would fail on a busy machine. The same examples every time make a failure reproducible.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")

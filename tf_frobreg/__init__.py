@@ -1,12 +1,13 @@
 """Keeps the singular values of convolution layers near √α by penalising ‖MᵀM − αI‖²_F exactly.
 
-The public names are listed in `tf_frobreg.api`. They are imported at their first use, and TensorFlow with
-them, so that `tf-frobreg --help` answers at once.
+`tf_frobreg.api` lists the public names. Python loads them, and TensorFlow with them, when the first one is
+used. So `import tf_frobreg` and `tf-frobreg --help` do not wait for TensorFlow.
 """
 
 import importlib
-import importlib.abc
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,44 +16,59 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name.startswith("__") and name != "__all__":  # asked for by tools, which must not load TensorFlow
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    api = importlib.import_module("tf_frobreg.api")
-    if not hasattr(api, name):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(api, name)
+def _load_api() -> ModuleType:
+    return importlib.import_module("tf_frobreg.api")
+
+
+if not TYPE_CHECKING:  # a type checker that saw this function would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name == "__all__" or not name.startswith("_"):  # tools look for names such as _repr_html_
+            api = _load_api()
+            globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+            if name in globals():  # a public name, or a folder such as `convolution`
+                return globals()[name]
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__")})
+    return sorted({*_load_api().__all__, *globals()})
 
 
-class _RegisterOnceKerasIsImported(importlib.abc.MetaPathFinder):
-    """Imports the public names as soon as Keras has been imported.
+class _RegisterWithKeras:
+    """An entry of `sys.meta_path` that loads the public names as soon as Keras is imported.
 
-    Keras can load a saved regularizer only if its class has been registered, and `import tf_frobreg` alone
-    must be enough for that.
+    Keras loads a saved regularizer only if its class is registered. `import tf_frobreg` must be enough for
+    that, before or after `import keras`.
     """
 
-    def find_spec(self, fullname, path, target=None):
-        if fullname != "keras":
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "keras":
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        others = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        loader: Any = spec and spec.loader
+        if loader:
+            execute = loader.exec_module
 
-            def exec_module(module):
+            def exec_module(module: ModuleType) -> None:
+                loader.exec_module = execute
                 execute(module)
-                sys.meta_path.remove(self)
-                importlib.import_module("tf_frobreg.api")
+                if not _imports_own_module():
+                    _load_api()
 
-            spec.loader.exec_module = exec_module
+            loader.exec_module = exec_module
         return spec
 
 
-if "keras" in sys.modules:
-    importlib.import_module("tf_frobreg.api")
+def _imports_own_module() -> bool:
+    """Whether a module of this package is being imported: the public names need it complete."""
+    own = (module for name, module in sys.modules.copy().items() if name.startswith(f"{__name__}."))
+    return any(getattr(module.__spec__, "_initializing", False) for module in own)
+
+
+if sys.modules.get("keras"):
+    _load_api()
 else:
-    sys.meta_path.insert(0, _RegisterOnceKerasIsImported())
+    sys.meta_path.insert(0, _RegisterWithKeras())

@@ -10,56 +10,14 @@ import pytest
 import tf_frobreg.cli.spectrum
 import tf_frobreg.cli.terminal
 from tf_frobreg import singular_values
-from tf_frobreg.cli import main
 
 
 def normal(*shape):
     return np.random.RandomState(1).randn(*shape)
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A kernel, several, a model in every format, and files that are none."""
-    path = tmp_path_factory.mktemp("spectrum")
-    np.save(path / "kernel.npy", normal(3, 3, 2, 4))
-    np.savez(path / "kernels.npz", conv=normal(3, 3, 2, 4), bias=np.zeros(4), dense=normal(5, 3))
-    keras.utils.set_random_seed(1)
-    layers = [keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="first")]
-    layers += [keras.layers.Conv2D(4, 3, strides=2, name="second"), keras.layers.Flatten()]
-    layers += [keras.layers.Reshape((-1, 4)), keras.layers.Conv1D(3, 3, padding="causal", name="causal")]
-    model = keras.Sequential([keras.Input((8, 9, 2)), *layers])
-    model.save(path / "model.keras")
-    model.save(path / "model.h5")
-    model.save_weights(path / "model.weights.h5")
-    (path / "model.json").write_text(model.to_json(), encoding="utf-8")
-    open_layers = [keras.Input((None, None, 2)), keras.layers.Conv2D(4, 3, name="first")]
-    keras.Sequential(open_layers).save(path / "open.keras")
-    keras.Sequential([keras.Input((8, 9, 2)), keras.layers.Conv2D(5, 3)]).save(path / "other.keras")
-    for name in ("lambda.keras", "lambda.h5"):
-        keras.Sequential([keras.Input((3,)), keras.layers.Lambda(lambda x: 2 * x)]).save(path / name)
-    (path / "junk.keras").write_bytes(b"junk")
-    (path / "junk.h5").write_bytes(b"junk")
-    (path / "junk.npz").write_bytes(b"junk")
-    (path / "text.txt").write_text("text")
-    np.savez(path / "empty.npz")
-    np.savez(path / "bias.npz", np.zeros(3), np.zeros(4))
-    np.save(path / "dense.npy", normal(5, 3))
-    (path / "folder.keras").mkdir()
-    return path
-
-
-def run(capfd, *arguments):
-    try:
-        status = main(["spectrum", *map(str, arguments)])
-    except SystemExit as stop:
-        status = stop.code
-    printed = capfd.readouterr()
-    assert "tensorflow" not in printed.err.lower()
-    return status, printed
-
-
-def test_a_kernel(directory, capfd):
-    status, printed = run(capfd, directory / "kernel.npy", "--input-size", 8, 9, "--strides", 2)
+def test_a_kernel(directory, run):
+    status, printed = run("spectrum", directory / "kernel.npy", "--input-size", 8, 9, "--strides", 2)
     assert status == 0
     sigma = singular_values(normal(3, 3, 2, 4), (8, 9), strides=2)
     (row,) = (line.split() for line in printed.out.splitlines() if line.split()[:1] == ["kernel"])
@@ -68,8 +26,8 @@ def test_a_kernel(directory, capfd):
     assert float(row[5]) == pytest.approx(sigma[0] / sigma[-1], rel=1e-3)
 
 
-def test_an_archive_with_what_is_no_kernel(directory, capfd):
-    status, printed = run(capfd, directory / "kernels.npz", "--input-size", 8)
+def test_an_archive_with_what_is_no_kernel(directory, run):
+    status, printed = run("spectrum", directory / "kernels.npz", "--input-size", 8)
     assert status == 0
     assert "Not measured: bias: kernel must have rank 4" in printed.out
     assert printed.out.count("3×3×2×4") == 1
@@ -86,12 +44,12 @@ def test_an_archive_with_what_is_no_kernel(directory, capfd):
     ],
     ids=" ".join,
 )
-def test_a_model_and_its_files(arguments, directory, tmp_path, capfd):
+def test_a_model_and_its_files(arguments, directory, tmp_path, run):
     arguments = [directory / name if "." in name else name for name in arguments]
     outputs = {name: tmp_path / f"out.{name}" for name in ("json", "csv")}
     outputs["plot"] = tmp_path / "out.png"
     options = [text for name, path in outputs.items() for text in (f"--{name}", path)]
-    status, printed = run(capfd, *arguments, *options, "--alpha", 2)
+    status, printed = run("spectrum", *arguments, *options, "--alpha", 2)
     assert status == 0
     assert "Not measured: causal: padding must be one of" in printed.out
     assert "1 Flatten" in printed.out
@@ -121,19 +79,25 @@ def test_a_model_and_its_files(arguments, directory, tmp_path, capfd):
     assert outputs["plot"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_of_unknown_size(directory, capfd):
-    status, printed = run(capfd, directory / "open.keras")
+def test_a_model_of_unknown_size(directory, run):
+    status, printed = run("spectrum", directory / "open.keras")
     assert status == 1
     assert "Not measured: first: its image size is unknown" in printed.out
-    status, printed = run(capfd, directory / "open.keras", "--input-size", 6)
+    status, printed = run("spectrum", directory / "open.keras", "--input-size", 6)
     assert status == 0
     assert "6×6" in printed.out
 
 
-def test_zero_and_unknown_values_in_the_table_and_in_files(directory, tmp_path, capfd):
+def test_zero_and_unknown_values_in_the_table_and_in_files(directory, tmp_path, run):
     np.save(tmp_path / "zero.npy", np.zeros((3, 3, 2, 2)))
     status, printed = run(
-        capfd, tmp_path / "zero.npy", "--input-size", 5, "--json", tmp_path / "zero.json", "--sigma-max-only"
+        "spectrum",
+        tmp_path / "zero.npy",
+        "--input-size",
+        5,
+        "--json",
+        tmp_path / "zero.json",
+        "--sigma-max-only",
     )
     assert status == 0
     (record,) = json.loads((tmp_path / "zero.json").read_text())["kernels"]
@@ -141,34 +105,36 @@ def test_zero_and_unknown_values_in_the_table_and_in_files(directory, tmp_path, 
     assert record["sigma_min"] is None
     assert record["sigma_min_converged"] is None
     assert record["condition_number"] is None
-    status, printed = run(capfd, tmp_path / "zero.npy", "--input-size", 5)
+    status, printed = run("spectrum", tmp_path / "zero.npy", "--input-size", 5)
     assert "∞" in printed.out
     assert "nan" not in printed.out.lower()
 
 
-def test_what_cannot_be_told_from_0_is_a_bound(tmp_path, capfd):
+def test_what_cannot_be_told_from_0_is_a_bound(tmp_path, run):
     np.save(tmp_path / "square.npy", normal(3, 3, 8, 8))
-    status, printed = run(capfd, tmp_path / "square.npy", "--input-size", 32)
+    status, printed = run("spectrum", tmp_path / "square.npy", "--input-size", 32)
     assert status == 0
     assert "≤ " in printed.out
     assert "≥ " in printed.out
     command = [tmp_path / "square.npy", "--input-size", 32, "--accuracy", 1e-15]
-    status, printed = run(capfd, *command, "--json", tmp_path / "square.json")
+    status, printed = run("spectrum", *command, "--json", tmp_path / "square.json")
     assert status == 1
-    assert "Accuracy not reached: square: σmin may be up to" in printed.out
+    assert "Accuracy not reached: square: σmin may be about" in printed.out
     (record,) = json.loads((tmp_path / "square.json").read_text())["kernels"]
     assert record["sigma_min_is_upper_bound"] is True
 
 
-def test_a_dense_kernel_needs_no_image(directory, capfd):
-    status, printed = run(capfd, directory / "dense.npy")
+def test_a_dense_kernel_needs_no_image(directory, run):
+    status, printed = run("spectrum", directory / "dense.npy")
     assert status == 0
     assert "5×3" in printed.out
 
 
-def test_what_is_beyond_all_floats_is_infinite(tmp_path, capfd):
+def test_what_is_beyond_all_floats_is_infinite(tmp_path, run):
     np.save(tmp_path / "huge.npy", 1e300 * normal(3, 3, 2, 2))
-    status, printed = run(capfd, tmp_path / "huge.npy", "--input-size", 6, "--json", tmp_path / "huge.json")
+    status, printed = run(
+        "spectrum", tmp_path / "huge.npy", "--input-size", 6, "--json", tmp_path / "huge.json"
+    )
     assert status == 0
     assert "nan" not in printed.out.lower()
     (record,) = json.loads((tmp_path / "huge.json").read_text())["kernels"]
@@ -176,23 +142,23 @@ def test_what_is_beyond_all_floats_is_infinite(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_table_fits_the_terminal(width, directory, capfd, monkeypatch):
+def test_the_table_fits_the_terminal(width, directory, run, monkeypatch):
     monkeypatch.setattr(tf_frobreg.cli.spectrum, "terminal_width", lambda: width)
     monkeypatch.setattr(tf_frobreg.cli.terminal, "terminal_width", lambda: width)
-    _, printed = run(capfd, directory / "model.keras")
+    _, printed = run("spectrum", directory / "model.keras")
     lines = printed.out.splitlines()
     assert any(line.split()[:1] == ["first"] for line in lines)
     assert "…" not in printed.out
-    assert ("Left out for want of width" in printed.out) == (width < 100)
+    assert ("The terminal is too narrow for: " in printed.out) == (width < 100)
     table = [line for line in lines if "first" in line or "σmax" in line]
     assert max(len(line) for line in table) <= width
 
 
 @pytest.mark.parametrize("kind", ["sorted", "histogram"])
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
-def test_plots(kind, ending, directory, tmp_path, capfd):
+def test_plots(kind, ending, directory, tmp_path, run):
     output = tmp_path / f"plot.{ending}"
-    status, _ = run(capfd, directory / "model.keras", "--plot", output, "--plot-kind", kind)
+    status, _ = run("spectrum", directory / "model.keras", "--plot", output, "--plot-kind", kind)
     assert status == 0
     assert output.stat().st_size > 1000
 
@@ -203,22 +169,14 @@ def test_plots(kind, ending, directory, tmp_path, capfd):
         (["kernel.npy"], "--input-size is needed for kernels without a model"),
         (["empty.npz"], "FILE must hold a kernel"),
         (["bias.npz", "--plot", "plot.png"], "--plot has nothing to draw: no kernel was measured"),
-        (["folder.keras"], "FILE cannot be loaded (it is a directory)"),
         (["open.keras", "--input-size", 1], "input_size must suit the model"),
         (["model.keras", "--input-size", 8], "input_size goes with a model that leaves the size"),
         (["missing.npy", "--input-size", 8], "FILE cannot be read (No such file or directory)"),
-        (["missing.keras"], "FILE cannot be loaded (no such file)"),
-        (["junk.keras"], "FILE cannot be loaded ("),
-        (["junk.h5"], "FILE cannot be loaded ("),
         (["junk.npz", "--input-size", 8], "FILE must be a whole .npy or .npz file"),
         (["text.txt"], "FILE must end in .npy, .npz, .keras or .h5"),
-        (["lambda.keras"], "Lambda"),
-        (["lambda.h5"], "it has a Lambda layer, whose code would be run"),
-        (["model.weights.h5"], "--model is needed: weights alone are no layers"),
-        (["model.weights.h5", "--model", "other.keras"], "FILE does not fit --model ("),
+        (["model.weights.h5"], "--model is needed: weights alone are not layers"),
         (["model.weights.h5", "--model", "text.txt"], "--model must end in .keras, .h5 or .json"),
         (["model.keras", "--model", "model.json"], "--model goes with a .weights.h5 file"),
-        (["model.keras", "--strides", 2], "--strides cannot be given: a model's layers tell theirs"),
         (["model.keras", "--plot", "plot.xyz"], "--plot must end in .png, .pdf or .svg"),
         (["model.keras", "--alpha", 0], "alpha must be a finite number above 0"),
         (["model.keras", "--accuracy", "nan"], "accuracy must be a finite number above 0"),
@@ -226,27 +184,27 @@ def test_plots(kind, ending, directory, tmp_path, capfd):
         (["kernel.npy", "--input-size", 8, "--padding", "full"], "padding must be one of"),
     ],
 )
-def test_bad_input(arguments, message, directory, capfd):
+def test_bad_input(arguments, message, directory, run):
     before = set(directory.iterdir())
     names = {path.name for path in before} | {"missing.npy", "missing.keras", "plot.xyz", "plot.png"}
     arguments = [directory / text if text in names else text for text in arguments]
-    status, printed = run(capfd, *arguments)
+    status, printed = run("spectrum", *arguments)
     assert status == 2
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert set(directory.iterdir()) == before
 
 
-def test_existing_files_and_inputs_are_kept(directory, tmp_path, capfd):
+def test_existing_files_and_inputs_are_kept(directory, tmp_path, run):
     output = tmp_path / "out.json"
     output.write_text("precious")
     command = [directory / "kernel.npy", "--input-size", 8, "--json"]
-    status, printed = run(capfd, *command, output)
+    status, printed = run("spectrum", *command, output)
     assert status == 2
     assert "--json exists; --force overwrites it" in printed.err
     assert output.read_text() == "precious"
-    assert run(capfd, *command, output, "--force")[0] == 0
+    assert run("spectrum", *command, output, "--force")[0] == 0
     assert json.loads(output.read_text())["kernels"]
-    status, printed = run(capfd, *command, directory / "kernel.npy", "--force")
+    status, printed = run("spectrum", *command, directory / "kernel.npy", "--force")
     assert status == 2
     assert "none of them the input" in printed.err

@@ -1,10 +1,16 @@
-"""Algorithm 3.1: the paper's story in numbers, and every way in which a descent can end."""
+"""Algorithm 3.1: the paper's figures, the methods, and every way in which a descent can end."""
+
+import copy
+import dataclasses
+import pickle
 
 import keras
 import numpy as np
 import pytest
+from ids import stable_id
 
 from tf_frobreg import (
+    DescentResult,
     StopReason,
     frobenius_penalty,
     paper_schedule,
@@ -12,6 +18,8 @@ from tf_frobreg import (
     regularize_kernel,
     singular_values,
 )
+from tf_frobreg.penalties import explicit_form
+from tf_frobreg.penalties.closed_form import ClosedForm
 
 PAPER_KERNELS = [(3, 3, 3, 1), (3, 3, 1, 3), (3, 3, 3, 6), (3, 3, 6, 3)]
 
@@ -21,7 +29,7 @@ def normal(*shape):
 
 
 @pytest.mark.parametrize("shape", PAPER_KERNELS)
-def test_the_papers_steps_tell_the_story_of_figure_4_1(shape):
+def test_the_papers_steps_reproduce_figure_4_1(shape):
     result = regularize_kernel(normal(*shape), 20, learning_rate="paper", measure="often")
     history = result.history
     high, low = history["sigma_max"], history["sigma_min"]
@@ -60,7 +68,7 @@ def test_the_papers_steps_belong_to_half_the_gradient():
         assert half_max[step] == pytest.approx(high, abs=1e-3)
         assert half_min[step] == pytest.approx(low, abs=1e-3)
     assert (half_max[100], half_min[100]) == (pytest.approx(1.038, abs=1e-3), pytest.approx(0.314, abs=1e-3))
-    # With all of ∂R/∂K the same step sizes overshoot for ever: σmax swings about and never settles.
+    # With the whole ∂R/∂K the same step sizes overshoot: σmax oscillates and never settles.
     full_max, _ = sigma(2.0, 2000)
     late = full_max[1000:][np.isfinite(full_max[1000:])]
     assert len(late) > 10
@@ -78,6 +86,71 @@ def test_theorem_and_tape_and_explicit_m_take_the_same_path():
     for path in paths[1:]:
         for column in ("penalty", "gradient_norm", "learning_rate", "sigma_max", "sigma_min"):
             np.testing.assert_allclose(path[column], paths[0][column], rtol=1e-9)
+
+
+@pytest.mark.parametrize("learning_rate", ["exact", "paper"])
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"gradient": "theorem"}, {}),
+        ({"gradient": None}, {"method": "closed_form"}),
+        ({"gradient": "tape"}, {"method": "tape"}),
+        ({"gradient": "tape", "method": "tape"}, {"method": "tape"}),
+        ({"gradient": "theorem", "method": "closed_form"}, {}),
+        ({"gradient": "theorem", "method": "sparse"}, {"method": "sparse"}),
+        ({"gradient": "tape", "method": "closed_form"}, {"method": "tape"}),
+    ],
+    ids=str,
+)
+def test_the_older_spelling_of_the_methods_gives_equal_descents(older, newer, learning_rate):
+    options = {"learning_rate": learning_rate, "max_steps": 6, "tolerance": 0.0}
+    first, second = (
+        regularize_kernel(normal(3, 3, 2, 3), 6, **options, **spelling) for spelling in (older, newer)
+    )
+    assert np.array_equal(first.kernel, second.kernel)
+    np.testing.assert_equal(first.history, second.history)
+
+
+@pytest.mark.parametrize("learning_rate", ["exact", "paper", keras.optimizers.Adam(0.01)], ids=stable_id)
+def test_the_three_methods_take_the_same_path(learning_rate):
+    options = {"learning_rate": learning_rate, "max_steps": 8, "tolerance": 0.0, "measure": "often"}
+    paths = [
+        regularize_kernel(normal(3, 3, 2, 3), 6, method=method, **options).history
+        for method in ("closed_form", "sparse", "tape")
+    ]
+    for path in paths[1:]:
+        for column, values in path.items():
+            np.testing.assert_allclose(values, paths[0][column], rtol=1e-9)
+
+
+def test_each_method_uses_its_own_computation(monkeypatch):
+    used = []
+
+    def record(target, name):
+        original = getattr(target, name)
+
+        def recorder(*args, **kwargs):
+            used.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(target, name, recorder)
+
+    record(explicit_form, "penalty")
+    record(explicit_form, "penalty_and_gradient")
+    record(ClosedForm, "value")
+    record(ClosedForm, "value_and_gradient")
+    spellings = {
+        ("closed_form", None): {"value_and_gradient"},
+        ("sparse", None): {"penalty_and_gradient"},
+        ("tape", None): {"value"},
+        ("sparse", "tape"): {"penalty"},
+    }
+    for number, ((method, gradient), expected) in enumerate(spellings.items()):
+        used.clear()
+        # Another alpha for each, because traced functions are kept.
+        options = {"alpha": 1.37 + number, "max_steps": 1, "tolerance": 0.0, "learning_rate": 1e-6}
+        regularize_kernel(normal(3, 3, 1, 2), 5, method=method, gradient=gradient, **options)
+        assert set(used) == expected
 
 
 def test_history_has_a_row_per_step_and_thins_out_the_singular_values():
@@ -135,7 +208,7 @@ def test_stops_by_the_gradient():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_diverged_descent_gives_back_the_kernel_with_the_lowest_penalty(dtype, rate):
     kernel = normal(3, 3, 2, 3).astype(dtype)
-    # A first small step does good; those that follow do not.
+    # Only the first step is small enough.
     result = regularize_kernel(kernel, 8, learning_rate=lambda step: rate if step else 1e-5)
     assert result.reason is StopReason.DIVERGED
     assert not result.converged
@@ -185,6 +258,93 @@ def test_without_room_for_m_only_the_tolerance_is_refused():
     assert np.isnan(result.history["sigma_max"]).all()
 
 
+def made_by_hand(result):
+    return DescentResult(result.kernel, result.penalty, result.num_steps, result.reason, result.history)
+
+
+def test_a_result_can_be_made_by_hand():
+    result = DescentResult(
+        kernel=np.ones((3, 3)), penalty=3.0, num_steps=0, reason=StopReason.STOPPED, history={}
+    )
+    assert not result.converged
+    assert result.reason.value == "not converged: stopped by the callback"
+    assert "num_steps=0" in repr(result)
+    assert "state" not in repr(result)
+    for reason in StopReason:
+        assert DescentResult(np.ones((3, 3)), 3.0, 0, reason, {}).converged == reason.value.startswith(
+            "converged"
+        )
+
+
+@pytest.mark.parametrize("direction", ["gradient", "conjugate"])
+def test_a_result_made_by_hand_is_continued_with_steepest_descent(direction):
+    options = {"direction": direction, "tolerance": 0.0}
+    first = regularize_kernel(normal(3, 3, 2, 3), 8, max_steps=6, **options)
+    rest = regularize_kernel(made_by_hand(first), 8, max_steps=5, **options)
+    anew = regularize_kernel(first.kernel, 8, max_steps=5, **options)
+    whole = regularize_kernel(first, 8, max_steps=5, **options)
+    assert (rest.num_steps, rest.reason) == (11, StopReason.MAX_STEPS)
+    assert np.array_equal(rest.kernel, anew.kernel)
+    assert np.array_equal(rest.kernel, whole.kernel) == (direction == "gradient")
+    assert np.array_equal(rest.history["step"], np.arange(12))
+    for column in ("penalty", "gradient_norm", "learning_rate"):
+        np.testing.assert_array_equal(rest.history[column][:6], first.history[column][:6])
+        np.testing.assert_array_equal(rest.history[column][6:], anew.history[column])
+
+
+def test_a_result_made_by_hand_counts_its_steps_on():
+    steps = []
+    result = DescentResult(normal(3, 3, 1, 2), np.nan, 0, StopReason.STOPPED, {})
+    first = regularize_kernel(result, 6, max_steps=3, learning_rate="paper", tolerance=0.0)
+    assert first.num_steps == 3
+    regularize_kernel(
+        made_by_hand(first),
+        6,
+        max_steps=2,
+        learning_rate=lambda step: steps.append(step) or 1e-5,
+        tolerance=0.0,
+    )
+    assert steps == [3, 4]
+
+
+def test_a_result_made_by_hand_may_have_lists_for_columns_and_another_geometry():
+    first = regularize_kernel(normal(3, 3, 1, 2), 6, max_steps=3)
+    lists = {name: column.tolist() for name, column in first.history.items()}
+    result = DescentResult(first.kernel, first.penalty, 3, first.reason, lists)
+    rest = regularize_kernel(result, 7, alpha=2.0, padding="circular", max_steps=2)
+    anew = regularize_kernel(first.kernel, 7, alpha=2.0, padding="circular", max_steps=2)
+    assert np.array_equal(rest.kernel, anew.kernel)
+    assert rest.history["step"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_steps": 5}, "history must have the columns step, penalty, .*Received: num_steps=5"),
+        ({"history": {}}, "history must have the columns .*Received: num_steps=3, history={}"),
+        ({"num_steps": -1}, "num_steps must be at least 0"),
+        ({"num_steps": 1.5}, "num_steps must be an integer"),
+        ({"kernel": np.full((3, 3, 1, 2), np.nan)}, "kernel must be finite"),
+    ],
+)
+def test_a_wrong_result_is_refused_by_name(changed, message):
+    first = regularize_kernel(normal(3, 3, 1, 2), 6, max_steps=3, tolerance=0.0)
+    with pytest.raises((ValueError, TypeError), match=message):
+        regularize_kernel(dataclasses.replace(made_by_hand(first), **changed), 6)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [lambda r: pickle.loads(pickle.dumps(r)), copy.deepcopy], ids=["pickle", "copy"]
+)
+@pytest.mark.parametrize("learning_rate", ["exact", keras.optimizers.Adam(0.01)], ids=stable_id)
+def test_a_copied_result_is_continued_like_the_original(learning_rate, duplicate):
+    options = {"learning_rate": learning_rate, "max_steps": 5, "tolerance": 0.0}
+    first = regularize_kernel(normal(3, 3, 1, 2), 8, **options)
+    rest, copied = (regularize_kernel(result, 8, **options) for result in (first, duplicate(first)))
+    assert np.array_equal(rest.kernel, copied.kernel)
+    np.testing.assert_equal(rest.history, copied.history)
+
+
 def test_no_step_at_all():
     result = regularize_kernel(normal(3, 3, 1, 2), 6, max_steps=0)
     assert (result.reason, result.num_steps) == (StopReason.MAX_STEPS, 0)
@@ -204,7 +364,13 @@ def test_no_step_at_all():
         ({"gradient_tolerance": float("inf")}, "gradient_tolerance must be"),
         ({"alpha": 0}, "alpha must be"),
         ({"gradient": "numeric"}, "gradient must be one of .*Received: gradient='numeric'"),
-        ({"method": "dense"}, "method must be one of"),
+        ({"method": "dense"}, "method must be one of .*'tape'.*Received: method='dense'"),
+        ({"method": "theorem"}, "method must be one of .*Received: method='theorem'"),
+        ({"gradient": "sparse"}, "gradient must be one of .*Received: gradient='sparse'"),
+        (
+            {"method": "tape", "gradient": "theorem"},
+            'gradient must be "tape" or None if method="tape". Received: gradient=\'theorem\'',
+        ),
         ({"kernel": np.full((3, 3, 1, 1), np.nan)}, "kernel must be finite"),
     ],
 )

@@ -1,5 +1,6 @@
 """Penalties on every layer of a model: which, how they train, how they are saved and taken off."""
 
+import itertools
 import subprocess
 import sys
 
@@ -12,12 +13,12 @@ from ids import stable_id
 
 from tf_frobreg import (
     FrobeniusRegularizer,
+    SpectralRegularizer,
     SumRegularizer,
     attach_regularizers,
     detach_regularizers,
     frobenius_penalty,
 )
-from tf_frobreg.keras.select_kernels import select_kernels
 
 LAYERS = keras.layers
 
@@ -128,9 +129,11 @@ def test_remarks_tell_the_other_images_of_a_shared_layer():
 class MadeInCode(keras.Model):
     """A subclassed model, whose layers Keras makes anew from this code; one comes in its configuration."""
 
+    name_in_code = "own"
+
     def __init__(self, second, **options):
         super().__init__(**options)
-        self.first = LAYERS.Conv2D(2, 3, padding="same", name="own")
+        self.first = LAYERS.Conv2D(2, 3, padding="same", name=self.name_in_code)
         self.second = second
 
     def call(self, x):
@@ -158,6 +161,51 @@ def test_remarks_tell_which_penalties_are_not_saved(tmp_path):
     again = attach_regularizers(loaded, factor=0.1)
     assert list(again.attached) == ["own"]
     assert [float(loss) for loss in loaded.losses] == pytest.approx(expected, rel=1e-6)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class SameNames(MadeInCode):
+    """Its two layers have the same name, and one of them comes in the configuration."""
+
+    name_in_code = "conv"
+
+
+def test_of_two_layers_with_one_name_both_are_remarked_if_one_is_not_saved():
+    model = SameNames(LAYERS.Conv2D(2, 3, padding="same", name="conv"))
+    model(np.zeros((1, 6, 6, 2), np.float32))
+    report = attach_regularizers(model)
+    assert len(report.attached) == 2
+    lost = "not in the model's configuration: attach again after loading"
+    assert report.remarks == dict.fromkeys(report.attached, lost)
+
+
+class OldArguments(LAYERS.Conv2D):
+    """Its configuration keeps the regularizer that it was made with."""
+
+    def get_config(self):
+        return super().get_config() | {"kernel_regularizer": None}
+
+
+def test_a_layer_that_saves_another_regularizer_is_remarked():
+    inputs = keras.Input((6, 6, 1))
+    kept, lost = LAYERS.Conv2D(2, 3, name="kept"), OldArguments(2, 3, name="lost")
+    report = attach_regularizers(keras.Model(inputs, lost(kept(inputs))))
+    assert list(report.remarks) == ["lost"]
+
+
+def own_penalty(kernel):
+    return tf.reduce_sum(kernel**4)
+
+
+@pytest.mark.parametrize("function", [own_penalty, lambda kernel: own_penalty(kernel)], ids=["def", "lambda"])
+def test_functions_as_regularizers_stay(function):
+    conv = LAYERS.Conv2D(2, 3, kernel_regularizer=function, name="conv")
+    model = keras.Sequential([keras.Input((6, 6, 1)), conv])
+    report = attach_regularizers(model, factor=0.0)
+    assert report.remarks["conv"].startswith(f"added to {function.__name__}")
+    assert float(model.losses[0]) == pytest.approx(float(function(conv.kernel)))
+    report.detach()
+    assert conv.kernel_regularizer is function
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -248,31 +296,6 @@ def test_a_penalty_is_not_attached_twice():
     assert len(again.attached) == 5
 
 
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
-        ({"include": "first"}, ["first"]),
-        ({"include": "separable"}, ["separable/depthwise", "separable/pointwise"]),
-        ({"include": "sep*/point*"}, ["separable/pointwise"]),
-        ({"include": LAYERS.Dense}, ["top"]),
-        ({"include": [LAYERS.Dense, "up"]}, ["up", "top"]),
-        ({"include": lambda layer: layer.name.startswith("u")}, ["up"]),
-        ({"exclude": [LAYERS.SeparableConv2D, "top"]}, ["first", "up"]),
-        ({"exclude": "flatten*"}, ["first", "separable/depthwise", "separable/pointwise", "up", "top"]),
-        ({"include": []}, []),
-    ],
-    ids=stable_id,
-)
-def test_include_and_exclude(arguments, names):
-    assert list(attach_regularizers(small_model(), **arguments).attached) == names
-
-
-def test_include_and_exclude_take_layers():
-    model = small_model()
-    up, top = model.get_layer("up"), model.get_layer("top")
-    assert list(attach_regularizers(model, include=[up, top], exclude=top).attached) == ["up"]
-
-
 def test_overrides():
     overrides = {"*": {"reduction": "mean"}, "separable": {"factor": 0.5, "alpha": 2.0}}
     overrides["first"] = {"padding": "circular"}
@@ -280,7 +303,7 @@ def test_overrides():
     assert {penalty.reduction for penalty in report.attached.values()} == {"mean"}
     depthwise = report.attached["separable/depthwise"]
     assert (depthwise.factor, depthwise.alpha) == (0.5, 2.0)
-    assert report.attached["first"].geometry["padding"] == "circular"
+    assert report.attached["first"].padding == "circular"
     assert (report.attached["up"].factor, report.attached["up"].alpha) == (0.1, 1.0)
 
 
@@ -373,7 +396,8 @@ def test_detaching_after_lora_leaves_nothing_behind():
     report = attach_regularizers(model, factor=1.0, exclude="first")
     model.get_layer("top").enable_lora(2)
     model.get_layer("first").enable_lora(2)
-    with pytest.raises(ValueError, match="input_size must be .. for a Dense kernel.* LoRA factor, detach before enable_lora"):
+    message = "input_size must be .. for a Dense kernel.* LoRA factor, detach before enable_lora"
+    with pytest.raises(ValueError, match=message):
         _ = keras.Sequential([keras.Input((4, 4, 1)), lora_convolution()]).losses
     report.detach()
     assert len(model.losses) == 2  # of the first layer's own L2, on its two factors
@@ -389,6 +413,62 @@ def test_the_order_of_detaching_does_not_matter(order):
         reports[number].detach()
     assert [float(loss) for loss in model.losses] == before
     assert isinstance(model.get_layer("first").kernel_regularizer, keras.regularizers.L2)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("existing", ["add", "replace"])
+def test_three_reports_are_detached_in_any_order(order, existing):
+    model = small_model()
+    up = model.get_layer("up")
+    late = up.kernel_regularizer = keras.regularizers.L1(0.3)  # without effect, but it comes back
+    before = [float(loss) for loss in model.losses]
+    reports = [
+        attach_regularizers(model, existing=existing),
+        attach_regularizers(model, factor=1.0, existing="replace"),
+        attach_regularizers(model, factor=2.0, existing="replace"),
+    ]
+    for count, number in enumerate(order):
+        reports[number].detach()
+        reports[number].detach()  # a second time changes nothing
+        left = set(range(3)) - set(order[: count + 1])
+        if left:
+            assert up.kernel.regularizer is reports[max(left)].attached["up"]
+    assert [float(loss) for loss in model.losses] == before
+    assert isinstance(model.get_layer("first").kernel_regularizer, keras.regularizers.L2)
+    assert (up.kernel_regularizer, up.kernel.regularizer) == (late, None)
+
+
+def test_a_penalty_inside_a_sum_of_sums_is_found():
+    inner = SumRegularizer([keras.regularizers.L2(0.1), FrobeniusRegularizer((6, 6), padding="valid")])
+    outer = SumRegularizer([inner, keras.regularizers.L1(0.1)])
+    conv = LAYERS.Conv2D(2, 3, kernel_regularizer=outer, name="conv")
+    model = keras.Sequential([keras.Input((6, 6, 1)), conv])
+    report = attach_regularizers(model)
+    assert report.left_out == {"conv": "it has FrobeniusRegularizer already"}
+    kept = attach_regularizers(model, existing="keep")
+    assert kept.left_out == {"conv": "it has L2 + FrobeniusRegularizer + L1 already"}
+    assert detach_regularizers(model) == ["conv"]
+    assert [type(part).__name__ for part in conv.kernel_regularizer.regularizers] == ["L2", "L1"]
+    assert float(model.losses[0]) == pytest.approx(float(keras.regularizers.L1L2(0.1, 0.1)(conv.kernel)))
+
+
+def test_a_spectral_penalty_gets_the_penalty_too():
+    spectral = SpectralRegularizer((6, 6), 0.1, padding="valid")
+    conv = LAYERS.Conv2D(2, 3, kernel_regularizer=spectral, name="conv")
+    model = keras.Sequential([keras.Input((6, 6, 1)), conv])
+    report = attach_regularizers(model)
+    assert report.remarks == {"conv": "added to SpectralRegularizer"}
+    report.detach()
+    assert conv.kernel_regularizer is spectral
+
+
+def test_a_border_that_does_not_suit_a_layer_is_refused_before_anything_is_attached():
+    model = keras.Sequential(
+        [keras.Input((2, 2, 1)), LAYERS.Dense(2), LAYERS.Conv2D(2, 3, padding="same", name="conv")]
+    )
+    with pytest.raises(ValueError, match="input_size must be at least the .*, for layer 'conv'"):
+        attach_regularizers(model, padding="valid")
+    assert model.losses == []
 
 
 def test_saved_loaded_and_cloned_models_have_the_same_losses(tmp_path):
@@ -420,7 +500,7 @@ def test_nothing_is_attached_where_something_is_wrong():
         attach_regularizers(model)
     assert model.losses == []
     assert list(attach_regularizers(model, exclude="conv").attached) == ["top"]
-    assert attach_regularizers(model, input_size=12).attached["conv"].geometry["input_size"] == [12, 12]
+    assert attach_regularizers(model, input_size=12).attached["conv"].input_size == (12, 12)
 
 
 @pytest.mark.parametrize(
@@ -483,23 +563,3 @@ def test_real_architectures(name, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose([float(loss) for loss in loaded.losses], losses, rtol=1e-6)
-
-
-def test_selection_lists_what_cannot_be_treated():
-    inputs = keras.Input((8, 2))
-    x = LAYERS.Conv1D(2, 3, padding="causal", name="causal")(inputs)
-    model = keras.Model(inputs, LAYERS.LSTM(3, name="lstm")(x))
-    kernels, left_out = select_kernels(model, None, None, None)
-    assert kernels == []
-    assert "padding='causal'" in left_out["causal"]
-    assert left_out["lstm_cell"] == "LSTMCell is neither a convolution nor Dense"
-
-
-def test_sum_regularizer_takes_what_keras_takes():
-    both = SumRegularizer(["l2", FrobeniusRegularizer(input_size=4)])
-    again = keras.regularizers.deserialize(keras.regularizers.serialize(both))
-    kernel = tf.ones((3, 3, 1, 2))
-    assert float(again(kernel)) == pytest.approx(float(both(kernel)))
-    for bad in ([], [None]):
-        with pytest.raises(ValueError, match="regularizers must be some"):
-            SumRegularizer(bad)

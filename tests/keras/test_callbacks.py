@@ -18,6 +18,7 @@ from tf_frobreg import (
     ReshapedRegularizer,
     SingularValueMonitor,
     SpectralRegularizer,
+    SumRegularizer,
     attach_regularizers,
     frobenius_penalty,
     singular_values,
@@ -146,6 +147,43 @@ def test_time_is_bounded_and_reported(monkeypatch):
     assert (monitor.history["seconds"] >= 0.05).all()
 
 
+def test_a_kernel_that_was_not_reached_comes_first_in_the_next_fit(monkeypatch):
+    measured = []
+    original = tf_frobreg.keras.callbacks.report_kernel
+
+    def slow(name, *arguments, **options):
+        measured.append(name)
+        time.sleep(0.05)
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(tf_frobreg.keras.callbacks, "report_kernel", slow)
+    model, monitor = small_model(), SingularValueMonitor(max_seconds=0.04)
+    for _ in range(2):
+        fit(model, monitor, epochs=1)
+    assert measured == ["conv", "top", "conv"]
+    measured.clear()
+    fit(small_model(), monitor, epochs=1)
+    assert measured == ["conv", "top"]
+
+
+def test_arguments_are_attributes():
+    arguments = {
+        "every": 2,
+        "unit": "batch",
+        "include": ["conv"],
+        "exclude": ["top"],
+        "alpha": 2.0,
+        "accuracy": 1e-3,
+        "sigma_min": False,
+        "max_seconds": 5.0,
+        "max_iterations": 10,
+        "gradient_data": (np.ones((2, 8, 8, 2)), np.ones((2, 1))),
+        "input_size": (8, 8),
+    }
+    monitor = SingularValueMonitor(**arguments)
+    assert {name: getattr(monitor, name) for name in arguments} == arguments
+
+
 def test_gradient_norms_are_those_of_the_loss():
     model = small_model(factor=0)
     random = np.random.RandomState(1)
@@ -165,6 +203,19 @@ def test_gradient_norms_are_those_of_the_loss():
         SingularValueMonitor().plot_gradients()
     with pytest.raises(ValueError, match="gradient_data must be a batch that suits the model and its loss"):
         fit(model, SingularValueMonitor(gradient_data=(x[:, :4], y)))
+
+
+def test_gradient_norms_of_frozen_kernels_and_of_lora():
+    model = small_model(factor=0)
+    model.get_layer("conv").trainable = False
+    model.get_layer("top").enable_lora(2)
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    random = np.random.RandomState(1)
+    batch = random.rand(8, 8, 8, 2).astype("float32"), random.rand(8, 1).astype("float32")
+    monitor = SingularValueMonitor(gradient_data=batch)
+    fit(model, monitor, epochs=1)
+    assert (monitor.history["conv/gradient_norm"] > 0).all()
+    assert np.isnan(monitor.history["top/gradient_norm"]).all()
 
 
 def test_the_monitor_does_not_change_the_training():
@@ -197,7 +248,7 @@ def test_bad_arguments_of_the_monitor(arguments, error, message):
         SingularValueMonitor(**arguments)
 
 
-def test_a_name_that_matches_nothing_is_told_when_training_starts():
+def test_a_name_that_matches_nothing_is_refused_when_training_starts():
     with pytest.raises(ValueError, match="include must match a layer with a kernel"):
         fit(small_model(), SingularValueMonitor(include="cnov"))
 
@@ -224,6 +275,16 @@ def test_a_schedule_of_keras():
     model = small_model()
     fit(model, FactorSchedule(warm_up), epochs=3)
     assert model.get_layer("conv").kernel_regularizer.scale == 0.5
+
+
+def test_a_schedule_reaches_a_penalty_in_a_sum_of_sums():
+    model = small_model(factor=0)
+    penalty = ReshapedRegularizer(0.5)
+    inner = SumRegularizer([keras.regularizers.L2(0.1), penalty])
+    model.get_layer("conv").kernel_regularizer = SumRegularizer([keras.regularizers.L1(0.1), inner])
+    model.compile("sgd", "mse")
+    fit(model, FactorSchedule(lambda epoch: 0.25), epochs=1)
+    assert penalty.scale == 0.25
 
 
 def test_the_scale_is_saved_and_a_plain_number_stays_plain(tmp_path):

@@ -1,4 +1,4 @@
-"""FrobeniusRegularizer in the models of Keras users."""
+"""FrobeniusRegularizer and SumRegularizer in the models of Keras users."""
 
 import json
 import subprocess
@@ -10,7 +10,14 @@ import pytest
 import tensorflow as tf
 from geometries import KERAS_CASES, label
 
-from tf_frobreg import FrobeniusRegularizer, frobenius_penalty, singular_values
+from tf_frobreg import (
+    FrobeniusRegularizer,
+    SumRegularizer,
+    frobenius_penalty,
+    penalty_excess,
+    singular_values,
+)
+from tf_frobreg.keras.regularizers import regularizer_parts
 
 
 def small_model(**options):
@@ -41,7 +48,7 @@ def data():
 
 
 def test_is_a_keras_regularizer():
-    assert isinstance(FrobeniusRegularizer(8), tf.keras.regularizers.Regularizer)
+    assert isinstance(FrobeniusRegularizer(8), keras.regularizers.Regularizer)
 
 
 @pytest.mark.parametrize("case", KERAS_CASES, ids=label)
@@ -186,3 +193,52 @@ def test_bad_arguments_are_refused_at_once(arguments, message):
 def test_kernels_that_do_not_fit_are_refused_by_name(kernel, message):
     with pytest.raises((ValueError, TypeError), match=message):
         FrobeniusRegularizer((8, 8) if kernel.ndim == 3 else 8, padding="valid")(kernel)
+
+
+def test_sum_regularizer_takes_what_keras_takes():
+    both = SumRegularizer(["l2", FrobeniusRegularizer(input_size=4)])
+    again = keras.regularizers.deserialize(keras.regularizers.serialize(both))
+    kernel = tf.ones((3, 3, 1, 2))
+    assert float(again(kernel)) == pytest.approx(float(both(kernel)))
+    for bad in ([], [None]):
+        with pytest.raises(ValueError, match="regularizers must not be empty and must not contain None"):
+            SumRegularizer(bad)
+
+
+def test_a_sum_takes_any_iterable_and_keeps_the_order():
+    parts = [keras.regularizers.L1(0.1), keras.regularizers.L2(0.2)]
+    assert SumRegularizer(part for part in parts).regularizers == parts
+
+
+def test_the_parts_of_a_sum_of_sums():
+    l1, l2, penalty = keras.regularizers.L1(), keras.regularizers.L2(), FrobeniusRegularizer(8)
+    inner = SumRegularizer([l2, SumRegularizer([penalty])])
+    assert regularizer_parts(SumRegularizer([l1, inner])) == [l1, l2, penalty]
+    assert regularizer_parts(penalty) == [penalty]
+    assert regularizer_parts(tf.nn.l2_loss) == [tf.nn.l2_loss]
+    assert regularizer_parts(None) == []
+
+
+def test_what_a_regularizer_replaced_is_neither_saved_nor_shown():
+    penalty = FrobeniusRegularizer(8)
+    assert (penalty.replaced, penalty.detached) == (None, False)
+    config = penalty.get_config()
+    penalty.replaced, penalty.detached = keras.regularizers.L2(), True
+    assert penalty.get_config() == config
+    assert not FrobeniusRegularizer.from_config(config).detached
+
+
+def excess(kernel, size, **geometry):
+    return float(penalty_excess(kernel, size, **geometry))
+
+
+def test_which_kernels_reach_the_smallest_penalty():
+    """What the docstring says of borders: only with "same" and stride 1 it takes a single tap."""
+    valid = np.zeros((2, 1, 2, 2))
+    valid[0, 0], valid[1, 0] = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])
+    assert excess(valid, (5, 4), padding="valid") == pytest.approx(0, abs=1e-25)
+    assert excess(valid, (5, 4), padding="circular") == pytest.approx(0, abs=1e-25)
+    assert excess(valid, (5, 4)) > 1
+    strided = np.linalg.qr(np.random.RandomState(0).randn(4, 4))[0].reshape(2, 2, 1, 4)
+    assert excess(strided, 8, strides=2) == pytest.approx(0, abs=1e-25)
+    assert excess(strided, 8, strides=2, padding="valid") == pytest.approx(0, abs=1e-25)

@@ -1,4 +1,4 @@
-"""Whole models: the geometry that is read from the layers, against the layers themselves."""
+"""The spectrum of every kernel of a model, against the layers themselves."""
 
 import keras
 import numpy as np
@@ -7,7 +7,6 @@ from geometries import KERAS_CASES, label
 from oracles import impulse_matrix
 
 from tf_frobreg import frobenius_penalty, model_spectrum, penalty_floor, singular_values
-from tf_frobreg.keras.read_layers import read_kernels
 
 
 def sigma_by_impulses(layer, image, channels):
@@ -57,97 +56,6 @@ def test_separable_convolutions_have_two_kernels():
     assert rows["sep/pointwise"].extremes.sigma_max == pytest.approx(pointwise[0], rel=1e-6)
 
 
-@keras.saving.register_keras_serializable(package="test_models")
-class Block(keras.layers.Layer):
-    """Layers in a layer, in a list, and in another model."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        inner = keras.Sequential([keras.Input((8, 8, 4)), keras.layers.Conv2D(3, 3, name="conv")])
-        self.steps = [keras.layers.Conv2D(4, 3, padding="same", name="conv"), inner]
-
-    def call(self, x):
-        for step in self.steps:
-            x = step(x)
-        return x
-
-
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.block = Block(name="block")
-        self.top = keras.layers.Dense(2, name="top")
-
-    def call(self, x):
-        return self.top(keras.ops.mean(self.block(x), axis=(1, 2)))
-
-
-def test_nested_layers_are_found_and_told_apart():
-    model = Subclassed()
-    model(np.zeros((1, 8, 8, 1)))
-    rows = model_spectrum(model)
-    assert [row.name for row in rows][-1] == "top"
-    assert [row.kernel_shape for row in rows] == [(3, 3, 1, 4), (3, 3, 4, 3), (3, 2)]
-    assert len({row.name for row in rows}) == 3
-    assert all("conv" in row.name for row in rows[:2])
-    assert [row.input_size for row in rows] == [(8, 8), (8, 8), ()]
-
-
-def test_what_cannot_be_measured_is_listed_with_the_reason():
-    inputs = keras.Input((12, 4))
-    x = keras.layers.Conv1D(4, 3, padding="causal", name="causal")(inputs)
-    x = keras.layers.MultiHeadAttention(2, 4)(x, x)
-    x = keras.layers.Reshape((4, 4, 3))(x)
-    x = keras.layers.Conv2DTranspose(3, 3, strides=2, output_padding=1, name="up")(x)
-    x = keras.layers.Conv2D(3, 3, name="broken")(x)
-    x = keras.layers.LSTM(3)(keras.layers.Reshape((-1, 3))(x))
-    model = keras.Model(inputs, keras.layers.Dense(2, name="top")(keras.layers.BatchNormalization()(x)))
-    model.get_layer("broken").kernel.assign(np.full((3, 3, 3, 3), np.nan))
-    rows = model_spectrum(model)
-    reasons = {row.name: row.reason for row in rows}
-    assert reasons.pop("top") is None
-    assert "padding='causal'" in reasons["causal"]
-    assert "output_padding=(1, 1)" in reasons["up"]
-    assert "NaN" in reasons["broken"]
-    assert reasons["lstm_cell"] == "LSTMCell is neither a convolution nor Dense"
-    assert sum("EinsumDense" in reason for reason in reasons.values()) == 4
-    assert read_kernels(model).others == {
-        "InputLayer": 1,
-        "Reshape": 2,
-        "BatchNormalization": 1,
-        "Softmax": 1,
-        "Dropout": 1,
-    }
-    assert all(row.condition_number is None for row in rows if row.reason)
-
-
-def test_an_unknown_image_size_is_a_reason_and_can_be_given():
-    layers = [keras.layers.Conv2D(4, 3, name="a"), keras.layers.Conv2D(4, 3, strides=2, name="b")]
-    model = keras.Sequential([keras.Input((None, None, 2)), *layers])
-    assert all("image size is unknown" in row.reason for row in model_spectrum(model))
-    assert all("give input_size" in row.reason for row in model_spectrum(model))
-    rows = model_spectrum(model, input_size=(10, 12))
-    assert [row.input_size for row in rows] == [(10, 12), (8, 10)]
-    assert "call" not in layers[0].__dict__  # nothing is left behind
-    fixed = keras.Sequential([keras.Input((10, 10, 2)), *layers])
-    with pytest.raises(ValueError, match="input_size goes with a model that leaves the size of its images"):
-        model_spectrum(fixed, input_size=7)
-    with pytest.raises(ValueError, match="input_size must suit the model, which fails on such images"):
-        model_spectrum(model, input_size=1)
-    with pytest.raises(ValueError, match="input_size must be an int or 2 ints for an input of shape"):
-        model_spectrum(model, input_size=(10, 12, 14))
-    with pytest.raises(TypeError, match="input_size must be an integer"):
-        model_spectrum(model, input_size="big")
-
-
-def test_several_inputs_of_unknown_size():
-    left, right = keras.Input((None, 3), name="left"), keras.Input((None, 3), name="right")
-    both = keras.layers.Concatenate(axis=1)([left, right])
-    model = keras.Model({"left": left, "right": right}, keras.layers.Conv1D(2, 3, name="conv")(both))
-    (row,) = model_spectrum(model, input_size=5)
-    assert row.input_size == (10,)
-
-
 def test_lora_and_float16_kernels_are_measured_as_applied():
     dense = keras.layers.Dense(4, name="dense")
     half = keras.layers.Conv2D(3, 3, name="half", dtype="float16")
@@ -159,28 +67,6 @@ def test_lora_and_float16_kernels_are_measured_as_applied():
     assert rows["dense"].extremes.sigma_max == pytest.approx(sigma[0], rel=1e-5)
     sigma = singular_values(np.asarray(half.kernel).astype("float32"), 6, padding="valid")
     assert rows["half"].extremes.sigma_max == pytest.approx(sigma[0], rel=1e-4)
-
-
-class Standardised(keras.layers.Conv2D):
-    """Applies another kernel than it holds."""
-
-    def call(self, x):
-        return keras.ops.conv(x, self.kernel - keras.ops.mean(self.kernel), 1, "valid")
-
-
-def test_a_layer_with_a_call_of_its_own_is_not_taken_for_its_base():
-    model = keras.Sequential([keras.Input((6, 6, 1)), Standardised(2, 3, name="own")])
-    (row,) = model_spectrum(model)
-    assert row.reason == "its class, Standardised, has a call of its own"
-
-
-@pytest.mark.skipif(not hasattr(keras.layers.Dense, "quantize"), reason="this Keras cannot quantize")
-def test_quantized_layers_are_named():
-    dense = keras.layers.Dense(4, name="dense")
-    model = keras.Sequential([keras.Input((6,)), dense])
-    dense.quantize("int8")
-    (row,) = model_spectrum(model)
-    assert row.reason == "it is quantized (int8)"
 
 
 def test_a_start_follows_a_training():

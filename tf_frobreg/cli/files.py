@@ -1,22 +1,35 @@
-"""Files the commands read and write: read without unpickling, written whole or not at all."""
+"""Files that the commands read and write: read without unpickling, written whole or not at all."""
 
+import contextlib
 import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 class BadInput(Exception):
-    """Something the user gave cannot be used; the message is one line for the terminal."""
+    """The user gave something that cannot be used. The message is one line for the terminal."""
+
+
+@contextlib.contextmanager
+def refusals_as_bad_input() -> Iterator[None]:
+    """Turns the errors with which the library refuses an argument into `BadInput`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(error)) from None
 
 
 def read_kernel(path: str) -> np.ndarray:
-    """Returns the array in a `.npy` file, and never unpickles anything."""
+    """Returns the array in a `.npy` file. Never unpickles anything."""
     array = _load(path, ".npy file")
     if not isinstance(array, np.ndarray):
         array.close()
@@ -25,7 +38,7 @@ def read_kernel(path: str) -> np.ndarray:
 
 
 def read_arrays(path: str) -> dict[str, np.ndarray]:
-    """Returns the arrays in a `.npz` file by name, or that in a `.npy` file by the file's name."""
+    """Returns the arrays in a `.npz` file by name, or the array in a `.npy` file by the file's name."""
     arrays = _load(path, ".npy or .npz file")
     if isinstance(arrays, np.ndarray):
         return {Path(path).stem: arrays}
@@ -36,11 +49,11 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
             raise _not_whole(path, ".npy or .npz file") from None
 
 
-# MemoryError where a damaged header claims a huge shape
+# MemoryError: a damaged header can claim a huge shape
 _DAMAGED = (ValueError, EOFError, MemoryError, OSError, zipfile.BadZipFile, zlib.error)
 
 
-def _load(path, what):
+def _load(path: str, what: str) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except OSError as error:
@@ -49,37 +62,55 @@ def _load(path, what):
         raise _not_whole(path, what) from None
 
 
-def _not_whole(path, what):
+def _not_whole(path: str, what: str) -> BadInput:
     return BadInput(f"FILE must be a whole {what} of plain numbers; pickles are refused. Received: {path}")
 
 
 class OutputFile:
-    """A file that takes its place only once it has been written to the end."""
+    """A file that takes its place only after it has been written to the end.
 
-    def __init__(self, option: str, path: str, *, force: bool):
-        """Makes sure now, before any work, that the file can be written later."""
+    Attributes:
+        path: The path, without symbolic links.
+    """
+
+    def __init__(self, option: str, path: str, *, force: bool) -> None:
+        """Checks now, before any work, that the file can be written later."""
         self.path = Path(path)
         self._option, self._force = option, force
+        self._ending = self.path.suffix.lower()
         try:
             self.path = self.path.resolve()
             if self.path.exists() and not self.path.is_file():
-                raise BadInput(f"{option} must be a file to write. Received: {path!r}, which is none")
+                raise BadInput(f"{option} must be a file to write. Received: {path!r}, which is not a file")
             self._refuse_existing()
             self._make_temporary().unlink()
-        except (OSError, RuntimeError) as error:  # resolve() raises the latter for links in a circle
+        except (OSError, RuntimeError) as error:  # resolve() raises RuntimeError for links in a circle
             reason = getattr(error, "strerror", None) or error
             raise BadInput(f"{option} cannot be written ({reason}). Received: {path}") from None
 
-    def write(self, writer: Callable[[BinaryIO], None]) -> None:
+    def write(self, writer: Callable[[BinaryIO], Any]) -> None:
         """Calls `writer` with an open binary file, then puts the file in its place."""
 
-        def write_open(path):
+        def write_open(path: Path) -> None:
             with path.open("wb") as file:
                 writer(file)
 
         self.write_path(write_open)
 
-    def write_path(self, writer: Callable[[Path], None]) -> None:
+    def write_text(self, writer: Callable[[TextIO], Any]) -> None:
+        """Calls `writer` with an open UTF-8 text file, then puts the file in its place."""
+
+        def write_open(path: Path) -> None:
+            with path.open("w", encoding="utf-8", newline="") as file:
+                writer(file)
+
+        self.write_path(write_open)
+
+    def write_figure(self, figure: "Figure") -> None:
+        """Writes a figure in the format that the name ends in, see `check_picture`."""
+        self.write(lambda file: figure.savefig(file, format=self._ending.removeprefix("."), dpi=120))
+
+    def write_path(self, writer: Callable[[Path], Any]) -> None:
         """Calls `writer` with the path of a file of the same ending, then puts the file in its place."""
         temporary = None
         try:
@@ -102,23 +133,21 @@ class OutputFile:
         os.close(handle)
         return Path(name)
 
-    def _refuse_existing(self):
+    def _refuse_existing(self) -> None:
         if self.path.exists() and not self._force:
             raise BadInput(f"{self._option} exists; --force overwrites it. Received: {self.path}")
 
 
-def picture_format(path: str | None) -> str | None:
-    """The format that the name after --plot asks for."""
-    ending = os.path.splitext(path or "")[1].lstrip(".").lower()
-    if path is not None and ending not in ("png", "pdf", "svg"):
+def check_picture(path: str | None) -> None:
+    """Raises `BadInput` if the name after --plot does not end in a known format."""
+    if path is not None and Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise BadInput(f"--plot must end in .png, .pdf or .svg. Received: {path}")
-    return ending or None
 
 
 def output_files(
-    paths: dict[str, str | None], *, force: bool, inputs: Sequence[str] = ()
+    paths: Mapping[str, str | None], *, force: bool, inputs: Sequence[str] = ()
 ) -> dict[str, OutputFile]:
-    """Returns an `OutputFile` for each option with a path; no two of them, and no input, may be one file."""
+    """Returns an `OutputFile` for each option with a path. All of them, and the inputs, must differ."""
     given = {option: path for option, path in paths.items() if path is not None}
     files = {option: OutputFile(option, path, force=force) for option, path in given.items()}
     every = [*(file.path for file in files.values()), *(Path(path).resolve() for path in inputs)]
@@ -128,3 +157,8 @@ def output_files(
             f"Received: {', '.join([*given.values(), *inputs])}"
         )
     return files
+
+
+def written(files: dict[str, OutputFile]) -> str:
+    """Returns the line that names the files."""
+    return f"Wrote {', '.join(str(file.path) for file in files.values())}"

@@ -1,38 +1,41 @@
-"""Between the commands and the terminal: progress, Ctrl-C, and an output that may be gone."""
+"""Between the commands and the terminal: tables, progress, Ctrl-C, and the messages of TensorFlow."""
 
 import contextlib
+import dataclasses
+import importlib
 import os
 import signal
 import sys
 import tempfile
-import types
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 
-def show(*lines) -> None:
-    """Prints tables and lines; a standard output that is gone or full does not undo what was written."""
+def show(*lines: str | Table) -> None:
+    """Prints lines and tables. The files are already written, so a closed or full output is no error."""
     console = Console(markup=False, highlight=False, width=terminal_width())
     try:
         for line in lines:
             console.print(line, soft_wrap=isinstance(line, str))
         sys.stdout.flush()
-    except (OSError, SystemExit) as error:  # rich turns a broken pipe into the latter
+    except (OSError, SystemExit) as error:  # rich raises SystemExit for a broken pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         reason = getattr(error, "strerror", None) or "closed"
-        print(f"The files are written; standard output is not: {reason}", file=sys.stderr)
+        print(f"The files are written, but standard output failed: {reason}", file=sys.stderr)
 
 
 def terminal_width() -> int:
-    """Columns of standard output; a file or pipe has no width that a table would have to be broken to."""
+    """Returns the columns of standard output, or 200 if it is a file or a pipe."""
     return Console().width if sys.stdout.isatty() else 200
 
 
 @contextlib.contextmanager
 def progress_display() -> Iterator[Progress]:
-    """A progress display that appears with its first task, and so leaves bad input its one line."""
+    """Yields a progress display. Start it with its first task: bad input then prints only its one line."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,12 +51,25 @@ def progress_display() -> Iterator[Progress]:
             progress.stop()
 
 
-@contextlib.contextmanager
-def stop_request() -> Iterator[types.SimpleNamespace]:
-    """Yields what tells whether Ctrl-C was `pressed`; a second one ends all but what is `writing`."""
-    request = types.SimpleNamespace(pressed=False, writing=False)
+@dataclasses.dataclass
+class StopRequest:
+    """Whether the user pressed Ctrl-C.
 
-    def note(*_):
+    Attributes:
+        pressed: Whether Ctrl-C was pressed.
+        writing: Whether files are being written. A second Ctrl-C does not interrupt that.
+    """
+
+    pressed: bool = False
+    writing: bool = False
+
+
+@contextlib.contextmanager
+def stop_request() -> Iterator[StopRequest]:
+    """Yields a `StopRequest`. The first Ctrl-C sets `pressed`, a second one raises KeyboardInterrupt."""
+    request = StopRequest()
+
+    def note(*_: Any) -> None:
         if request.pressed and not request.writing:
             raise KeyboardInterrupt
         request.pressed = True
@@ -65,8 +81,8 @@ def stop_request() -> Iterator[types.SimpleNamespace]:
         signal.signal(signal.SIGINT, previous)
 
 
-def library():
-    """Imports the package and TensorFlow, whose messages at start are shown only if that fails."""
+def load_tensorflow() -> None:
+    """Imports TensorFlow and the public names. Shows the messages of TensorFlow only if that fails."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
     with tempfile.TemporaryFile() as log, contextlib.ExitStack() as stack:
@@ -77,11 +93,9 @@ def library():
         try:
             import tensorflow as tf
 
-            import tf_frobreg.api
-
-            tf.zeros(())  # looks for devices, and tells what it did not find
+            importlib.import_module("tf_frobreg.api")
+            tf.zeros(())  # looks for devices, and reports what it did not find
         except Exception:
             log.seek(0)
             os.write(stderr, log.read())
             raise
-    return tf_frobreg

@@ -2,49 +2,90 @@
 
 import dataclasses
 import enum
+import functools
+import math
 import reprlib
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
 from tf_frobreg.checks import check_choice, check_integer, check_number
-from tf_frobreg.convolution.geometry import Convolution, Geometry
+from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
-from tf_frobreg.descent.step_rules import Steps
-from tf_frobreg.descent.stopping import Convergence
-from tf_frobreg.penalties.frobenius import METHODS, FrobeniusPenalty
+from tf_frobreg.descent.step_rules import Point, State, StepRule, step_rule
+from tf_frobreg.descent.stopping import ConvergenceCheck
+from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 
 __all__ = ["DescentResult", "StopReason", "regularize_kernel"]
 
-COLUMNS = ("step", "penalty", "gradient_norm", "learning_rate", "sigma_max", "sigma_min")
+METHODS = ("closed_form", "sparse", "tape")
+GRADIENTS = ("theorem", "tape")
 
 
 class StopReason(enum.Enum):
-    """Why a descent ended; the value is the sentence to show."""
+    """Why a descent ended. The value is a sentence for the user.
+
+    Attributes:
+        CONVERGED: σmax and σmin are within `tolerance`.
+        STATIONARY: The norm of the gradient is within `gradient_tolerance`.
+        STALLED: No step along the gradient lowers R_α.
+        MAX_STEPS: `max_steps` steps were taken.
+        DIVERGED: R_α became infinite or NaN.
+        OVERFLOW: R_α of the first kernel was infinite or NaN.
+        STOPPED: The callback returned a true value.
+
+    Example:
+        >>> print(StopReason.MAX_STEPS.value)
+        not converged: out of steps
+    """
 
     CONVERGED = "converged: σmax and σmin are within the tolerance of √α"
     STATIONARY = "converged: the gradient is below its tolerance"
-    STALLED = "not converged: R falls no further from here, a stationary point or the limit of the precision"
+    STALLED = "not converged: R cannot decrease from here, a stationary point or the limit of the precision"
     MAX_STEPS = "not converged: out of steps"
-    DIVERGED = "diverged: the penalty is no longer finite, λ is too large; the kernel with the lowest is kept"
-    OVERFLOW = "not started: the penalty of this kernel is beyond its dtype; scale the kernel down"
+    DIVERGED = "diverged: λ is too large, the penalty is not finite; the kernel with the lowest one is kept"
+    OVERFLOW = "not started: the penalty of this kernel exceeds its dtype; scale the kernel down"
     STOPPED = "not converged: stopped by the callback"
+
+
+class _Row(NamedTuple):
+    """One row of a history."""
+
+    step: int
+    penalty: float
+    gradient_norm: float
+    learning_rate: float
+    sigma_max: float
+    sigma_min: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DescentResult:
-    """What a descent reached. Given to `regularize_kernel` in place of a kernel, it is continued.
+    """The outcome of a descent. Pass it to `regularize_kernel` instead of a kernel to continue the descent.
+
+    `regularize_kernel` also accepts a result that you make yourself, for example from saved arrays. It then
+    begins with steepest descent at `kernel`, and counts the steps on. It cannot check that the geometry and
+    alpha are those of the earlier descent.
 
     Attributes:
-        kernel: The kernel, an array of the shape and dtype of the one given.
+        kernel: The kernel, an array with the shape and dtype of the first one.
         penalty: R_α of `kernel`.
-        num_steps: Steps taken from the kernel first given to `kernel`.
-        reason: A `StopReason`; `reason.value` is a sentence.
-        history: Columns of equal length, one row per step from 0 (before any step) on: "step"; "penalty",
-            R_α; "gradient_norm", ‖∂R_α/∂K‖_F; "learning_rate", the λ of the step taken from there (NaN
-            at the last row); "sigma_max" and "sigma_min", NaN at the steps where they were not measured.
-            Where a descent diverged there are rows beyond `num_steps`, up to the penalty that is not finite.
+        num_steps: Number of steps from the first kernel to `kernel`.
+        reason: A `StopReason`. `reason.value` is a sentence.
+        history: Columns of equal length with one row per step. Row 0 is the first kernel. "penalty" is R_α,
+            "gradient_norm" is ‖∂R_α/∂K‖_F. "learning_rate" is the λ of the step that starts at this row, and
+            NaN in the last row. "sigma_max" and "sigma_min" are NaN at steps at which they were not measured.
+            "step" is the number of the row. After a divergence, the rows beyond `num_steps` lead to the first
+            penalty that is not finite.
+
+    Example:
+        >>> start = np.random.RandomState(1).randn(3, 3, 1, 3)
+        >>> first = regularize_kernel(start, 20, max_steps=30)
+        >>> saved = DescentResult(first.kernel, first.penalty, first.num_steps, first.reason, first.history)
+        >>> result = regularize_kernel(saved, 20)
+        >>> print(saved.converged, result.converged, len(result.history["step"]) == result.num_steps + 1)
+        False True True
     """
 
     kernel: np.ndarray
@@ -52,84 +93,76 @@ class DescentResult:
     num_steps: int
     reason: StopReason
     history: dict[str, np.ndarray]
-    _state: "_State" = dataclasses.field(repr=False)
+    _state: State | None = dataclasses.field(default=None, repr=False)
 
     @property
     def converged(self) -> bool:
-        """Whether a tolerance was reached: that on σ, or `gradient_tolerance`, which says nothing of σ."""
+        """Whether a tolerance was reached. `gradient_tolerance` alone says nothing about σ."""
         return self.reason in (StopReason.CONVERGED, StopReason.STATIONARY)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _State:
-    """What a descent needs to go on as if it had not stopped."""
-
-    conv: Convolution
-    alpha: float
-    steps: tuple
-
-
 def regularize_kernel(
-    kernel,
-    input_size,
+    kernel: Any,
+    input_size: Size,
     *,
     alpha: float = 1.0,
-    learning_rate="exact",
+    learning_rate: Any = "exact",
     direction: str | None = None,
     max_steps: int = 2000,
     tolerance: float = 0.01,
     gradient_tolerance: float = 0.0,
     measure: str = "rarely",
-    gradient: str = "theorem",
+    gradient: str | None = None,
     method: str = "closed_form",
     callback: Callable[[int, np.ndarray, float], bool | None] | None = None,
     **geometry: Unpack[Geometry],
 ) -> DescentResult:
-    """Runs Algorithm 3.1, K ← K + λD with D = −G, G = ½ ∂R_α/∂K as in equation (3.2), or a better D and λ.
+    """Runs Algorithm 3.1, K ← K + λD with D = −G and G = ½ ∂R_α/∂K as in equation (3.2).
 
-    As it stands it needs no tuning: R_α(K + tD) is a polynomial of degree 4 in t, and "exact" goes to its
-    lowest point at each step. It never increases R_α and cannot diverge. The paper's own algorithm is
-    `learning_rate="paper"`.
+    The defaults replace the paper's D and λ and need no tuning. R_α(K + tD) is a polynomial of degree 4 in t,
+    and each "exact" step goes to its lowest point. R_α never increases, and the descent cannot diverge.
+    `learning_rate="paper"` runs the paper's own algorithm.
 
-    (3.2) is half the derivative of R_α, and the step sizes printed in the paper belong to it: with the
-    whole derivative the same steps overshoot and oscillate for ever. Every λ here multiplies (3.2).
+    (3.2) is half the derivative of R_α, and every λ multiplies (3.2). The paper's step sizes assume this:
+    with the whole derivative they overshoot, and σ oscillates forever.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable. It
-            is not modified. A `DescentResult` is continued: its steps count on, for a learning rate that
-            depends on them too, and its history grows; with the same settings so do its conjugate
-            directions and its Keras optimizer, as if there had been no stop. All arguments but alpha and the
-            geometry may change; `max_steps` counts the new steps.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable. It is
+            not modified. A `DescentResult` is continued: its steps count on and its history grows. If the
+            settings are the same, its conjugate directions and its Keras optimizer go on as if there had been
+            no stop. You may change all arguments except alpha and the geometry.
         input_size: Spatial size of the input image, an int or one int per axis.
         alpha: α, the target of σ². Positive.
-        learning_rate: λ: "exact" (negative where the lowest point lies behind); "paper" (`paper_schedule`);
-            a positive number; a function of the step such as a Keras `LearningRateSchedule`; or a Keras
-            optimizer, of which a copy makes the steps from the gradients (3.2). The gradient grows with the
-            image, so a λ of one's own has to shrink with it:
-            the paper's suits images up to about 22×22; a 3×3×3×6 kernel oscillates with it at 24×24 and
-            diverges at 32×32.
-        direction: D: "gradient" for −G or "conjugate" for Polak–Ribière+ directions, which restart where
-            they would ascend. By default "conjugate" with "exact", "gradient" otherwise.
-        max_steps: Steps to take at the most.
-        tolerance: Stop where max(|σmax − √α|, |σmin − √α|), equation (1.1), is no larger; 0 never does.
-        gradient_tolerance: Stop where ‖∂R_α/∂K‖_F is no larger; 0 never does.
-        measure: How often σ is measured. "rarely": where R_α leaves open whether the tolerance is reached,
-            which a few looks tell, and at the end; not at all with `tolerance=0`. "often": besides, at each
-            of the first 40 steps, then at round intervals of at most a twentieth of the steps so far, for
-            a figure such as Figure 4.1.
-        gradient: Where G comes from: "theorem" (the formula of `frobenius_gradient`) or "tape"
-            (`tf.GradientTape` through `frobenius_penalty`).
-        method: As for `frobenius_penalty`, for R_α and G; the exact step uses the closed form.
-        callback: Called as `callback(step, kernel, penalty)` at every step before it is taken; the
-            descent stops where it returns a true value.
-        **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
+        learning_rate: λ. "exact" (negative if the lowest point lies behind), "paper" (`paper_schedule`), a
+            positive number, a function of the step such as a Keras `LearningRateSchedule`, or a Keras
+            optimizer. A copy of the optimizer makes the steps from the gradients (3.2). The gradient grows
+            with the image, so a fixed λ must shrink with it. The paper's λ suits images up to about 22×22: a
+            3×3×3×6 kernel oscillates with it at 24×24 and diverges at 32×32.
+        direction: D. "gradient" for −G, or "conjugate" for Polak–Ribière+ directions, which restart if they
+            would ascend. The default is "conjugate" with "exact", and "gradient" otherwise.
+        max_steps: Maximal number of steps, not counting those of a `DescentResult` that is continued.
+        tolerance: Stop if max(|σmax − √α|, |σmin − √α|), equation (1.1), is at most this. 0 disables it.
+        gradient_tolerance: Stop if ‖∂R_α/∂K‖_F is at most this. 0 disables it.
+        measure: How often σ is measured. "rarely": only if R_α alone cannot decide convergence, and at the
+            end; never with `tolerance=0`. "often": also at each of the first 40 steps, and then at regular
+            intervals of at most a twentieth of the steps so far, for a figure such as Figure 4.1.
+        gradient: Older spelling of the source of G: "theorem" for its formula, "tape" for `tf.GradientTape`.
+        method: How R_α and G are computed: "closed_form", "sparse" (Theorem 3.1 on the explicit matrix M), or
+            "tape" (`tf.GradientTape` through `frobenius_penalty`). The polynomial of the exact steps always
+            comes from the closed form.
+        callback: Called as `callback(step, kernel, penalty)` before every step. A true value stops the
+            descent.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
 
     Returns:
-        A `DescentResult`. Not converging is a result, no error: look at `.converged` and `.reason`.
+        A `DescentResult`. A descent that does not converge raises no error: look at `.converged` and
+        `.reason`.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid, or if the computation does not fit in memory. The message
+            names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> start = np.random.RandomState(1).randn(3, 3, 1, 3)
@@ -144,65 +177,123 @@ def regularize_kernel(
         >>> print(further.num_steps > result.num_steps, len(further.history["step"]) == further.num_steps + 1)
         True True
     """
-    alpha = check_number("alpha", alpha, exclusive=True)
     tolerance = check_number("tolerance", tolerance)
     gradient_tolerance = check_number("gradient_tolerance", gradient_tolerance)
     max_steps = check_integer("max_steps", max_steps, minimum=0)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable. Received: callback={reprlib.repr(callback)}")
+    method, tape = _method_and_tape(method, gradient)
     before = kernel if isinstance(kernel, DescentResult) else None
     kernel = as_kernel(before.kernel if before else kernel)
     conv = Convolution.of(kernel.shape, input_size, geometry)
-    steps = Steps(conv, alpha, learning_rate, direction, gradient, check_choice("method", method, METHODS))
-    convergence = Convergence(conv, alpha, tolerance, measure)
-    rows = _rows(before, conv, alpha) if before else []
-    point = steps.resume(kernel, before._state.steps) if before else steps.start(kernel)
-    penalty_floor = FrobeniusPenalty(conv, alpha).floor
+    penalty = FrobeniusPenalty(conv, alpha, method)
+    rule = step_rule(penalty, learning_rate, direction, tape=tape)
+    check = ConvergenceCheck(penalty, tolerance, measure)
+    rows = _rows(before, penalty) if before else []
+    stop_reason = functools.partial(
+        _stop_reason,
+        first=len(rows),
+        continued=before is not None,
+        max_steps=max_steps,
+        gradient_tolerance=gradient_tolerance,
+        callback=callback,
+    )
+    start = rule.start(kernel, before._state if before else None)
+    reason, step, end = _descend(start, rows, penalty.floor, rule, check, stop_reason)
 
-    first, best, reason = len(rows), None, None
-    while reason is None:
-        step = len(rows)
-        row = dict.fromkeys(COLUMNS, np.nan)
-        row |= {"step": step, "penalty": point.excess + penalty_floor, "gradient_norm": point.slope_norm}
-        rows.append(row)
-        if not np.isfinite(point.excess):
-            reason = StopReason.DIVERGED if best else StopReason.OVERFLOW
-            point, row = best or (point, row)
+    if math.isfinite(rows[step].penalty) and math.isnan(rows[step].sigma_max):
+        sigma_max, sigma_min = check.final_sigma(end.kernel)
+        rows[step] = rows[step]._replace(sigma_max=sigma_max, sigma_min=sigma_min)
+    columns = zip(*rows, strict=True)
+    history = {name: np.array(column) for name, column in zip(_Row._fields, columns, strict=True)}
+    state = rule.state(None if reason is StopReason.DIVERGED else end)
+    return DescentResult(end.kernel.numpy(), rows[step].penalty, step, reason, history, state)
+
+
+def _descend(
+    point: Point,
+    rows: list[_Row],
+    floor: float,
+    rule: StepRule,
+    check: ConvergenceCheck,
+    stop_reason: Callable[[int, Point, float, bool], StopReason | None],
+) -> tuple[StopReason, int, Point]:
+    """Takes steps until there is a reason to stop, and appends a row for each point.
+
+    Returns:
+        (the reason, the step of the point to keep, that point).
+    """
+    lowest = len(rows), point
+    while True:
+        step, scalars = len(rows), point.scalars
+        penalty = scalars.excess + floor
+        if scalars.excess < lowest[1].scalars.excess:
+            lowest = step, point
+        verdict = check(step, point.kernel, scalars.excess)
+        reason = stop_reason(step, point, penalty, verdict.converged)
+        following, rate = rule.next(point, step) if reason is None else (None, math.nan)
+        rows.append(_Row(step, penalty, scalars.gradient_norm, rate, verdict.sigma_max, verdict.sigma_min))
+        if following is None:
             break
-        if best is None or point.excess < best[0].excess:
-            best = point, row
-        kernel = point.kernel.numpy()
-        if convergence.reached(step, kernel, point.excess, row):
-            reason = StopReason.CONVERGED
-        elif row["gradient_norm"] <= gradient_tolerance > 0:
-            reason = StopReason.STATIONARY
-        # The first step of a continued descent has been seen already.
-        asked = callback and (step > first or not before) and callback(step, kernel, row["penalty"])
-        if reason is None and step - first == max_steps:
-            reason = StopReason.MAX_STEPS
-        if reason is None and asked:
-            reason = StopReason.STOPPED
-        if reason is None:
-            new, row["learning_rate"] = steps.next(point, step)
-            if new is None:
-                reason = StopReason.STALLED
-            point = new or point
-
-    if np.isfinite(row["penalty"]) and (tolerance > 0 or measure == "often"):
-        convergence.measure(point.kernel.numpy(), row)
-    state = _State(conv, alpha, steps.suspend(None if reason is StopReason.DIVERGED else point))
-    history = {column: np.array([row[column] for row in rows]) for column in COLUMNS}
-    return DescentResult(point.kernel.numpy(), row["penalty"], int(row["step"]), reason, history, state)
+        point = following
+    if reason is StopReason.DIVERGED:
+        step, point = lowest
+    return reason or StopReason.STALLED, step, point
 
 
-def _rows(before: DescentResult, conv: Convolution, alpha: float) -> list[dict[str, float]]:
-    """The rows of a descent to be continued, but for the last, which is made anew."""
-    state = before._state
-    if (conv, alpha) != (state.conv, state.alpha):
+def _stop_reason(
+    step: int,
+    point: Point,
+    penalty: float,
+    converged: bool,
+    *,
+    first: int,
+    continued: bool,
+    max_steps: int,
+    gradient_tolerance: float,
+    callback: Callable[[int, np.ndarray, float], bool | None] | None,
+) -> StopReason | None:
+    """Returns why the descent stops at a point, or None. The callback sees every point that is finite."""
+    if not math.isfinite(point.scalars.excess):
+        return StopReason.DIVERGED if step > first else StopReason.OVERFLOW
+    # The callback has seen the first point of a continued descent before.
+    seen = continued and step == first
+    stopped = callback is not None and not seen and callback(step, point.kernel.numpy(), penalty)
+    if converged:
+        return StopReason.CONVERGED
+    if point.scalars.gradient_norm <= gradient_tolerance > 0:
+        return StopReason.STATIONARY
+    if step - first == max_steps:
+        return StopReason.MAX_STEPS
+    return StopReason.STOPPED if stopped else None
+
+
+def _method_and_tape(method: Any, gradient: Any) -> tuple[str, bool]:
+    """Returns the method of `FrobeniusPenalty`, and whether the gradient comes from a tape."""
+    check_choice("method", method, METHODS)
+    if gradient is not None:
+        check_choice("gradient", gradient, GRADIENTS)
+    if method == "tape" and gradient == "theorem":
+        raise ValueError(f'gradient must be "tape" or None if method="tape". Received: {gradient=}')
+    tape = "tape" in (method, gradient)
+    return "closed_form" if method == "tape" else method, tape
+
+
+def _rows(before: DescentResult, penalty: FrobeniusPenalty) -> list[_Row]:
+    """Returns the rows of a descent to be continued, except the last, which is computed again."""
+    if before._state is not None:
+        earlier = before._state.evaluation.penalty
+        if (penalty.conv, penalty.alpha) != (earlier.conv, earlier.alpha):
+            raise ValueError(
+                "a DescentResult can be continued only with its own geometry and alpha. To begin again with "
+                f"others, pass result.kernel. Received: alpha={penalty.alpha}, {penalty.conv}, after "
+                f"alpha={earlier.alpha}, {earlier.conv}"
+            )
+    count = check_integer("num_steps", before.num_steps, minimum=0)
+    columns = [np.asarray(before.history.get(name, ()))[:count].tolist() for name in _Row._fields]
+    if any(len(column) < count for column in columns):
         raise ValueError(
-            "a DescentResult is continued with the geometry and the alpha it was made with; use "
-            f"result.kernel to begin anew. Received: alpha={alpha}, {conv} after alpha={state.alpha}, "
-            f"{state.conv}"
+            f"history must have the columns {', '.join(_Row._fields)}, and each must have a row per step. "
+            f"Received: num_steps={count}, history={reprlib.repr(before.history)}"
         )
-    columns = {name: before.history[name][: before.num_steps].tolist() for name in COLUMNS}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [_Row(*values) for values in zip(*columns, strict=True)]

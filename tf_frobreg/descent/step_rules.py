@@ -1,173 +1,248 @@
-"""The steps of a descent: in which direction, and how far. One call of a traced function makes each."""
+"""The step rules of a descent: each decides in which direction to go and how far.
 
+A rule has three methods. `start` returns the first point, `next` leads from one point to the following, and
+`state` returns what `start` needs to continue later.
+"""
+
+import abc
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.checks import check_number
-from tf_frobreg.convolution.geometry import Convolution
+from tf_frobreg.checks import check_choice, check_number
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 
 __all__ = ["paper_schedule"]
 
 DIRECTIONS = ("gradient", "conjugate")
-GRADIENTS = ("theorem", "tape")
+
+
+class Scalars(NamedTuple):
+    """The numbers of a point. They come from the device as one float64 tensor. NaN if not computed.
+
+    Attributes:
+        excess: R_α − floor.
+        gradient_norm: ‖∂R_α/∂K‖_F.
+        steepest: 1 if the direction is steepest descent, 0 if it is a conjugate one.
+        scale: Largest absolute entry of the direction.
+        c1: First coefficient of the line R_α(K + t·direction/scale) = R_α(K) + c1 t + c2 t² + c3 t³ + c4 t⁴.
+            Only exact steps need the line.
+        c2: Second coefficient.
+        c3: Third coefficient.
+        c4: Fourth coefficient.
+    """
+
+    excess: float = math.nan
+    gradient_norm: float = math.nan
+    steepest: float = math.nan
+    scale: float = math.nan
+    c1: float = math.nan
+    c2: float = math.nan
+    c3: float = math.nan
+    c4: float = math.nan
 
 
 class Point(NamedTuple):
-    """A kernel on the way, and what the step from there needs.
+    """A kernel on the path, and what the next step needs.
 
     Attributes:
         kernel: The kernel.
-        slope: ∂R_α/∂K, in float64.
-        direction: Of the next step, in float64: −slope, or a conjugate one.
-        excess: R_α without its floor.
-        slope_norm: ‖∂R_α/∂K‖_F.
-        steepest: Whether `direction` is −slope.
-        scale: The largest entry of `direction`.
-        line: c1 … c4 of R_α along direction / scale, where the exact step needs them.
+        gradient: ∂R_α/∂K, in float64.
+        direction: Direction of the next step, in float64: −gradient or a conjugate direction.
+        scalars: The numbers.
     """
 
     kernel: tf.Tensor
-    slope: tf.Tensor
+    gradient: tf.Tensor
     direction: tf.Tensor
-    excess: float
-    slope_norm: float
-    steepest: bool
-    scale: float
-    line: tuple[float, ...]
+    scalars: Scalars
 
 
-class Steps:
-    """Leads from one point to the next, by the rule that `learning_rate` names.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What is computed at each point. Rules with equal evaluations can continue each other's points.
 
-    Args:
-        conv: The geometry.
-        alpha: α.
-        learning_rate: As for `regularize_kernel`.
-        direction: As for `regularize_kernel`.
-        gradient: As for `regularize_kernel`.
-        method: As for `regularize_kernel`.
+    Attributes:
+        penalty: R_α.
+        tape: Whether the gradient comes from `tf.GradientTape` and not from Theorem 3.1.
+        conjugate: Whether the directions are conjugate.
+        line: Whether the coefficients of the line are computed.
     """
 
-    def __init__(self, conv: Convolution, alpha: float, learning_rate, direction, gradient: str, method: str):
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be one of {GRADIENTS}. Received: gradient={gradient!r}")
-        self.exact = isinstance(learning_rate, str) and learning_rate == "exact"
-        self._optimizer = None
-        if isinstance(learning_rate, tf.keras.optimizers.Optimizer):
-            self._optimizer = _KerasOptimizer(learning_rate)
-        elif not self.exact:
-            self._schedule = _schedule(learning_rate)
-        if direction is None:
-            direction = "conjugate" if self.exact else "gradient"
-        if direction not in DIRECTIONS:
-            raise ValueError(f"direction must be one of {DIRECTIONS}. Received: direction={direction!r}")
-        if self._optimizer and direction == "conjugate":
-            raise ValueError(
-                'direction must be "gradient" where a Keras optimizer makes the steps. '
-                f"Received: direction={direction!r}"
-            )
-        self.rule = (self.exact, direction, gradient, method)
-        self._evaluate = _traced(conv, alpha, direction == "conjugate", self.exact, gradient, method)
+    penalty: FrobeniusPenalty
+    tape: bool
+    conjugate: bool
+    line: bool
 
-    def start(self, kernel: tf.Tensor) -> Point:
-        """The point at a kernel, whose direction is steepest descent."""
+
+class OptimizerState(NamedTuple):
+    """The variables of an optimizer, and the settings it must have to take them over."""
+
+    settings: tuple[type, str]
+    variables: list[np.ndarray]
+
+
+class State(NamedTuple):
+    """What a descent needs to continue as if it had not stopped.
+
+    Attributes:
+        evaluation: How the point was computed.
+        point: The last point. None if the descent diverged and therefore starts again.
+        optimizer: The state of the Keras optimizer, if one makes the steps.
+    """
+
+    evaluation: Evaluation
+    point: Point | None
+    optimizer: OptimizerState | None = None
+
+
+class StepRule(abc.ABC):
+    """The common part of the three rules.
+
+    Args:
+        evaluation: What is computed at each point.
+    """
+
+    def __init__(self, evaluation: Evaluation):
+        self._evaluation = evaluation
+        self._evaluate = _traced(evaluation)
+
+    def start(self, kernel: tf.Tensor, state: State | None = None) -> Point:
+        """Returns the point of `state` if it suits this rule, else steepest descent at `kernel`."""
+        if state is not None and state.point is not None and state.evaluation == self._evaluation:
+            return state.point
+        return self._restart(kernel)
+
+    @abc.abstractmethod
+    def next(self, point: Point, step: int) -> tuple[Point | None, float]:
+        """Returns the next point and the λ that leads there, or (None, NaN) if R_α cannot fall further."""
+
+    def state(self, point: Point | None) -> State:
+        """Returns what `start` needs to continue from a point. None stands for a diverged descent."""
+        return State(self._evaluation, point)
+
+    def _restart(self, kernel: tf.Tensor) -> Point:
+        """Returns the point at a kernel, with the direction of steepest descent."""
         zeros = tf.zeros(kernel.shape, tf.float64)
-        return self._point(kernel, zeros, zeros, 0.0)
+        return self._move(Point(kernel, zeros, zeros, Scalars()), 0.0)
+
+    def _move(self, point: Point, t: float) -> Point:
+        """Returns the point at kernel + t·direction."""
+        new = self._evaluate(point.kernel, point.gradient, point.direction, tf.constant(t, tf.float64))
+        return new._replace(scalars=Scalars._make(new.scalars.numpy().tolist()))
+
+
+class ExactSteps(StepRule):
+    """Goes to the lowest point along each direction. R_α never increases."""
 
     def next(self, point: Point, step: int) -> tuple[Point | None, float]:
-        """The point after `point` and the λ that led there; None where "exact" finds none with a lower R."""
-        if self._optimizer:
-            kernel, rate = self._optimizer.step(point)
-            return self.start(kernel), rate
-        if not self.exact:
-            rate = self._schedule(step)
-            return self._along(point, 0.5 * rate), rate
+        """Returns the lowest point of the line. Tries steepest descent if a conjugate direction fails."""
         while True:
-            t = quartic_minimizer(point.line) / (point.scale or 1.0)
-            new = self._along(point, t) if t else None
-            # Rounding can deny the decrease that the coefficients promise; then the step is not taken.
-            if new and new.excess < point.excess:
+            now = point.scalars
+            t = quartic_minimizer(now.c1, now.c2, now.c3, now.c4) / (now.scale or 1.0)
+            new = self._move(point, t) if t else None
+            # Rounding can deny the decrease that the coefficients promise. Then the step is not taken.
+            if new and new.scalars.excess < now.excess:
                 return new, 2.0 * t
-            if point.steepest:
-                return None, np.nan
-            point = self.start(point.kernel)
-
-    def suspend(self, point: Point | None) -> tuple:
-        """What `resume` needs to go on from a point as if there had been no stop."""
-        return self.rule, point, self._optimizer and self._optimizer.state()
-
-    def resume(self, kernel: tf.Tensor, suspended: tuple) -> Point:
-        """The point at a kernel: as it was, if the same rule goes on; an optimizer's state goes with it."""
-        rule, point, state = suspended
-        if self._optimizer and point is not None:
-            self._optimizer.resume_from = state
-        return point if point is not None and rule == self.rule else self.start(kernel)
-
-    def _along(self, point, t):
-        return self._point(point.kernel, point.slope, point.direction, t)
-
-    def _point(self, kernel, slope, direction, t):
-        *tensors, numbers = self._evaluate(kernel, slope, direction, tf.constant(t, tf.float64))
-        excess, norm, steepest, scale, *line = numbers.numpy().tolist()
-        return Point(*tensors, excess, norm, bool(steepest), scale, tuple(line))
+            if now.steepest:
+                return None, math.nan
+            point = self._restart(point.kernel)
 
 
-class _KerasOptimizer:
-    """A copy of a Keras optimizer, which can belong to one variable only, at work on a kernel."""
+class ScheduledSteps(StepRule):
+    """Takes λ from a function of the step.
 
-    def __init__(self, optimizer):
-        config = optimizer.get_config()
-        schedule = getattr(optimizer, "_learning_rate", None)
-        if isinstance(schedule, tf.keras.optimizers.schedules.LearningRateSchedule):
-            config["learning_rate"] = schedule  # one of the user's own need not be registered with Keras
-        self._own = type(optimizer).from_config(config)
-        self._identity = type(optimizer), repr(optimizer.get_config())
-        self._update = None
-        self.resume_from = None
+    Args:
+        evaluation: What is computed at each point.
+        schedule: λ as a function of the step.
+    """
 
-    def step(self, point):
-        """The kernel after one update with the gradient (3.2), and the learning rate it used."""
-        if self._update is None:
-            self._build(point.kernel)
-        rate = float(self._own.learning_rate)
-        return self._update(point.kernel, tf.cast(0.5 * point.slope, point.kernel.dtype)), rate
+    def __init__(self, evaluation: Evaluation, schedule: Callable[[int], float]):
+        super().__init__(evaluation)
+        self._schedule = schedule
 
-    def state(self):
-        """What `resume_from` takes: only an optimizer of the same settings goes on with these values."""
-        return self._identity, [variable.numpy() for variable in self._own.variables]
+    def next(self, point: Point, step: int) -> tuple[Point, float]:
+        """Returns the point at K + λ·½·direction. The gradient (3.2) is half of ∂R_α/∂K."""
+        rate = self._schedule(step)
+        return self._move(point, 0.5 * rate), rate
 
-    def _build(self, kernel):
-        weight = tf.Variable(kernel)
-        self._own.build([weight])
-        identity, values = self.resume_from or (None, [])
-        if identity == self._identity:
-            for variable, value in zip(
-                self._own.variables, values, strict=False
-            ):  # none if no step was taken
+
+class OptimizerSteps(StepRule):
+    """Passes the gradient (3.2) to a Keras optimizer.
+
+    Args:
+        evaluation: What is computed at each point.
+        optimizer: The user's optimizer. `start` copies it, because an optimizer belongs to one variable.
+    """
+
+    def __init__(self, evaluation: Evaluation, optimizer: Any):
+        super().__init__(evaluation)
+        self._original = optimizer
+        self._settings = type(optimizer), repr(optimizer.get_config())
+
+    def start(self, kernel: tf.Tensor, state: State | None = None) -> Point:
+        """Also restores the optimizer's variables if `state` comes from an optimizer of equal settings."""
+        weight, optimizer = tf.Variable(kernel), _copy(self._original)
+        optimizer.build([weight])
+        before = state.optimizer if state is not None else None
+        if before is not None and before.settings == self._settings:
+            for variable, value in zip(optimizer.variables, before.variables, strict=True):
                 variable.assign(value)
 
         @tf.function(autograph=False)
-        def update(kernel, gradient):
+        def update(kernel: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
             weight.assign(kernel)
-            self._own.apply([gradient], [weight])
+            optimizer.apply([gradient], [weight])
             return weight.read_value()
 
-        self._update = update
+        self._optimizer, self._update = optimizer, update
+        return super().start(kernel, state)
+
+    def next(self, point: Point, step: int) -> tuple[Point, float]:
+        """Returns the point after one update, and the learning rate that the optimizer had."""
+        rate = float(self._optimizer.learning_rate)
+        kernel = self._update(point.kernel, tf.cast(0.5 * point.gradient, point.kernel.dtype))
+        return self._restart(kernel), rate
+
+    def state(self, point: Point | None) -> State:
+        """Adds the optimizer's variables, except after a divergence."""
+        if point is None:
+            return super().state(point)
+        variables = [variable.numpy() for variable in self._optimizer.variables]
+        return State(self._evaluation, point, OptimizerState(self._settings, variables))
 
 
-def quartic_minimizer(coefficients: Sequence[float]) -> float:
-    """The global minimiser of c1 t + c2 t² + c3 t³ + c4 t⁴; 0 where none lies lower than t = 0."""
-    c1, c2, c3, c4 = coefficients
+def step_rule(penalty: FrobeniusPenalty, learning_rate: Any, direction: Any, *, tape: bool) -> StepRule:
+    """Returns the rule for a learning rate and a direction, as `regularize_kernel` takes them."""
+    exact = isinstance(learning_rate, str) and learning_rate == "exact"
+    by_optimizer = isinstance(learning_rate, keras.optimizers.Optimizer)
+    if direction is None:
+        direction = "conjugate" if exact else "gradient"
+    conjugate = check_choice("direction", direction, DIRECTIONS) == "conjugate"
+    if by_optimizer and conjugate:
+        raise ValueError(
+            f'direction must be "gradient" if a Keras optimizer makes the steps. Received: {direction=}'
+        )
+    evaluation = Evaluation(penalty, tape, conjugate, line=exact)
+    if exact:
+        return ExactSteps(evaluation)
+    if by_optimizer:
+        return OptimizerSteps(evaluation, learning_rate)
+    return ScheduledSteps(evaluation, _schedule(learning_rate))
+
+
+def quartic_minimizer(c1: float, c2: float, c3: float, c4: float) -> float:
+    """Returns the global minimiser of c1 t + c2 t² + c3 t³ + c4 t⁴, or 0 if no t lies lower than t = 0."""
     if not math.isfinite(c1 + c2 + c3 + c4):
         return 0.0
-    # Where rounding turns a double root into a complex pair its real part still stands for it; that of any
-    # other pair is a candidate too many, and loses.
+    # Rounding can turn a double root into a complex pair. Its real part then stands for the root. The real
+    # parts of other pairs do no harm: the minimum lies lower.
     t = np.roots([4 * c4, 3 * c3, 2 * c2, c1]).real
     values = t * (c1 + t * (c2 + t * (c3 + t * c4)))
     return float(t[values.argmin()]) if t.size and values.min() < 0 else 0.0
@@ -176,6 +251,12 @@ def quartic_minimizer(coefficients: Sequence[float]) -> float:
 def paper_schedule(step: int) -> float:
     """Returns the paper's λ for a step (section 4): 1e-5 for 10 steps, 1e-4 for 10 more, then 1e-3.
 
+    Args:
+        step: Number of the step, from 0.
+
+    Returns:
+        λ, which multiplies the gradient (3.2).
+
     Example:
         >>> [paper_schedule(step) for step in (0, 9, 10, 19, 20, 1000)]
         [1e-05, 1e-05, 0.0001, 0.0001, 0.001, 0.001]
@@ -183,13 +264,14 @@ def paper_schedule(step: int) -> float:
     return 1e-5 if step < 10 else 1e-4 if step < 20 else 1e-3
 
 
-def _schedule(learning_rate) -> Callable[[int], float]:
+def _schedule(learning_rate: Any) -> Callable[[int], float]:
+    """Returns λ as a function of the step."""
     if isinstance(learning_rate, str) and learning_rate == "paper":
         return paper_schedule
     if isinstance(learning_rate, (str, type)):
         raise ValueError(
             'learning_rate must be "exact", "paper", a positive number, a function of the step or an '
-            f"instance of a Keras optimizer. Received: learning_rate={learning_rate!r}"
+            f"instance of a Keras optimizer. Received: {learning_rate=}"
         )
     if callable(learning_rate):
         return lambda step: check_number(f"learning_rate({step})", learning_rate(step))
@@ -197,36 +279,62 @@ def _schedule(learning_rate) -> Callable[[int], float]:
     return lambda step: constant
 
 
-@functools.lru_cache(maxsize=8)  # tracing takes longer than a hundred small steps
-def _traced(conv: Convolution, alpha: float, conjugate: bool, line: bool, gradient: str, method: str):
-    """One traced function: a step of length t from one point, and all that the next step needs."""
-    penalty = FrobeniusPenalty(conv, alpha, method)
+def _copy(optimizer: Any) -> Any:
+    """Returns an unbuilt optimizer with the same settings."""
+    config = optimizer.get_config()
+    schedule = getattr(optimizer, "_learning_rate", None)
+    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        config["learning_rate"] = schedule  # a user's class need not be registered with Keras
+    return type(optimizer).from_config(config)
 
-    def excess_and_gradient(kernel):
-        if gradient == "theorem":
-            return penalty.excess_and_gradient(kernel)
-        with tf.GradientTape() as tape:
-            tape.watch(kernel)
-            excess = penalty.excess(kernel)
-        return excess, tape.gradient(excess, kernel)
+
+@functools.lru_cache(maxsize=8)  # tracing takes longer than a hundred small steps
+def _traced(evaluation: Evaluation) -> Callable[..., Any]:
+    """Returns a traced function that takes a step of length t. Its `Point` has one tensor for `scalars`."""
+    penalty = evaluation.penalty
 
     @tf.function(autograph=False)
-    def function(kernel, slope_before, direction_before, t):
+    def evaluate(
+        kernel: tf.Tensor, gradient_before: tf.Tensor, direction_before: tf.Tensor, t: tf.Tensor
+    ) -> Point:
         kernel += tf.cast(t * direction_before, kernel.dtype)
-        excess, slope = excess_and_gradient(kernel)
-        slope = tf.cast(slope, tf.float64)  # products of small float32 gradients would underflow
-        direction, steepest = -slope, tf.constant(True)
-        if conjugate:  # Polak–Ribière+, which restarts by itself where the gradients do not change
-            change = tf.reduce_sum(slope * (slope - slope_before))
-            beta = tf.math.divide_no_nan(tf.maximum(change, 0.0), tf.reduce_sum(slope_before**2))
-            candidate = beta * direction_before - slope
-            steepest = (beta == 0.0) | (tf.reduce_sum(candidate * slope) >= 0.0)
-            direction = tf.where(steepest, direction, candidate)
+        if evaluation.tape:
+            with tf.GradientTape() as tape:
+                tape.watch(kernel)
+                excess = penalty.excess(kernel)
+            gradient = tape.gradient(excess, kernel)
+        else:
+            excess, gradient = penalty.excess_and_gradient(kernel)
+        gradient = tf.cast(gradient, tf.float64)  # products of small float32 gradients would underflow
+        if evaluation.conjugate:
+            direction, steepest = _conjugate_direction(gradient, gradient_before, direction_before)
+        else:
+            direction, steepest = -gradient, tf.constant(True)
         scale = tf.reduce_max(tf.abs(direction))
-        numbers = [excess, tf.norm(slope), steepest, scale]
-        if line:
+        scalars = Scalars(excess, tf.norm(gradient), steepest, scale)
+        if evaluation.line:
             unit = tf.cast(tf.math.divide_no_nan(direction, scale), kernel.dtype)
-            numbers += penalty.line(kernel, unit)
-        return kernel, slope, direction, tf.stack([tf.cast(number, tf.float64) for number in numbers])
+            c1, c2, c3, c4 = penalty.line(kernel, unit)
+            scalars = scalars._replace(c1=c1, c2=c2, c3=c3, c4=c4)
+        # One tensor for all numbers, because the step waits for each copy from an accelerator.
+        packed = tf.stack([tf.cast(value, tf.float64) for value in scalars])
+        return Point(kernel, gradient, direction, packed)
 
-    return function
+    return evaluate
+
+
+def _conjugate_direction(
+    gradient: tf.Tensor, gradient_before: tf.Tensor, direction_before: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the Polak–Ribière+ direction, and whether it is steepest descent.
+
+    It restarts by itself if the gradient does not change, and here also if it would ascend.
+
+    Returns:
+        (direction, a boolean scalar).
+    """
+    change = tf.reduce_sum(gradient * (gradient - gradient_before))
+    beta = tf.math.divide_no_nan(tf.maximum(change, 0.0), tf.reduce_sum(gradient_before**2))
+    candidate = beta * direction_before - gradient
+    steepest = (beta == 0.0) | (tf.reduce_sum(candidate * gradient) >= 0.0)
+    return tf.where(steepest, -gradient, candidate), steepest

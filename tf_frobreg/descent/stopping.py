@@ -1,103 +1,133 @@
-"""When a descent looks at σ, and whether σmax and σmin are within the tolerance of √α, equation (1.1)."""
+"""The stopping criterion of a descent: σmax and σmin are within the tolerance of √α, equation (1.1)."""
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
+from tf_frobreg.checks import check_choice
 from tf_frobreg.convolution.geometry import Convolution
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 from tf_frobreg.spectrum.all_values import DECOMPOSED_ROWS
-from tf_frobreg.spectrum.extremes import ExtremesFinder
-
-MEASURES = ("rarely", "often")
+from tf_frobreg.spectrum.extremes import ExtremesFinder, ExtremeSingularValues
 
 
-class Convergence:
-    """Follows a descent. R_α bounds σ, and so σ has to be measured only where R_α leaves it open.
+class Verdict(NamedTuple):
+    """What a check found.
 
-    R_α − floor is Σ (σ² − α)² over n singular values: its root is no smaller than the largest |σ² − α|, and
-    √n times that no smaller than its root.
-
-    Args:
-        conv: The geometry.
-        alpha: α.
-        tolerance: On max(|σmax − √α|, |σmin − √α|); 0 is never reached.
-        measure: As for `regularize_kernel`.
+    Attributes:
+        sigma_max: σmax, or NaN if it was not measured.
+        sigma_min: σmin, or NaN if it was not measured.
+        converged: Whether both are within the tolerance.
     """
 
-    def __init__(self, conv: Convolution, alpha: float, tolerance: float, measure: str):
-        if measure not in MEASURES:
-            raise ValueError(f"measure must be one of {MEASURES}. Received: measure={measure!r}")
-        self._often = measure == "often"
-        self._tolerance, self._target = tolerance, alpha**0.5
-        self._extremes = _extremes(conv, tolerance)
-        size = FrobeniusPenalty(conv, alpha).num_singular_values
-        above = 2 * self._target * tolerance + tolerance**2  # σ² − α where σ = √α + tolerance
-        below = 2 * self._target * tolerance - tolerance**2  # α − σ² where σ = √α − tolerance
-        self._certain = (below if tolerance < self._target else above) ** 2
-        self._open = size * above**2
-        if tolerance == 0 or (size < min(conv.shape) and tolerance < self._target):
+    sigma_max: float = math.nan
+    sigma_min: float = math.nan
+    converged: bool = False
+
+
+class ConvergenceCheck:
+    """Decides whether a kernel has converged. It measures σ only if R_α alone cannot decide.
+
+    The excess R_α − floor is Σ (σ² − α)² over n singular values. Its root is at least the largest |σ² − α|,
+    and at most √n times that.
+
+    A check changes nothing that it is given. It remembers when the next measurement is due.
+
+    Args:
+        penalty: R_α.
+        tolerance: On max(|σmax − √α|, |σmin − √α|). With 0 no kernel converges.
+        measure: "rarely" or "often", as in `regularize_kernel`.
+
+    Raises:
+        ValueError: If `measure` is invalid, or the tolerance is positive and σ cannot be measured.
+    """
+
+    def __init__(self, penalty: FrobeniusPenalty, tolerance: float, measure: str):
+        self._often = check_choice("measure", measure, ("rarely", "often")) == "often"
+        self._tolerance, self._target = tolerance, penalty.alpha**0.5
+        self._sigma = _SigmaFinder(penalty.conv, tolerance)
+        size = penalty.num_singular_values
+        above = 2 * self._target * tolerance + tolerance**2  # σ² − α at σ = √α + tolerance
+        below = 2 * self._target * tolerance - tolerance**2  # α − σ² at σ = √α − tolerance
+        # Up to the first excess every kernel has converged. Above the second no kernel has.
+        self._sufficient = (below if tolerance < self._target else above) ** 2
+        self._necessary = size * above**2
+        if tolerance == 0 or (size < min(penalty.conv.shape) and tolerance < self._target):
             # Rows or columns of M that no tap reaches leave σmin = 0, and R_α does not count it.
-            self._certain = self._open = -math.inf
-        self._look_below, self._look_at = self._open, 0
+            self._sufficient = self._necessary = -math.inf
+        self._due_excess, self._due_step = self._necessary, 0
 
-    def reached(self, step: int, kernel: np.ndarray, excess: float, row: dict[str, float]) -> bool:
-        """Whether the kernel is within the tolerance; what is measured for it goes into `row`."""
-        certain = excess <= self._certain
-        # σmin can still move where R_α hardly does any more: hence the look at times.
-        due = excess <= self._look_below or (excess <= self._open and step >= self._look_at)
+    def __call__(self, step: int, kernel: tf.Tensor, excess: float) -> Verdict:
+        """Returns the verdict on the kernel of one step."""
+        if not math.isfinite(excess):
+            return Verdict()
+        certain = excess <= self._sufficient
+        # σmin can still move when R_α hardly does. Therefore a later step is due even at the same R_α.
+        due = excess <= self._due_excess or (excess <= self._necessary and step >= self._due_step)
         if not (certain or due or (self._often and step % _interval(step) == 0)):
-            return False
-        distance = self.measure(kernel, row)
-        if math.isnan(distance):
-            return certain
-        if distance <= self._tolerance:
-            return self._tolerance > 0
-        if certain:  # but for rounding, which R_α of tiny tolerances is made of
-            self._certain = -math.inf
-        # Near √α the distance goes as the root of R_α: the next look is a little below where it will be met.
-        self._look_below = min(self._open, excess * 0.95 * min(1.0, (self._tolerance / distance) ** 2))
-        self._look_at = step + max(100, step // 4)
-        return False
+            return Verdict()
+        sigma = self._sigma(kernel.numpy())
+        distances = [abs(value - self._target) for value in sigma if not math.isnan(value)]
+        distance = max(distances, default=0.0)
+        # If a value could not be measured, only R_α can show that it is within the tolerance.
+        known = certain or len(distances) == 2
+        converged = known and distance <= self._tolerance and self._tolerance > 0
+        if distances and not converged:
+            self._postpone(step, excess, distance)
+        return Verdict(*sigma, converged)
 
-    def measure(self, kernel: np.ndarray, row: dict[str, float]) -> float:
-        """Puts σmax and σmin into `row` and returns (1.1); NaN where they cannot be had."""
-        if math.isnan(row["sigma_max"]):
-            row["sigma_max"], row["sigma_min"] = self._extremes(kernel)
-        return max(abs(row["sigma_max"] - self._target), abs(row["sigma_min"] - self._target))
+    def final_sigma(self, kernel: tf.Tensor) -> tuple[float, float]:
+        """Returns (σmax, σmin) for the last row of a history. They are NaN if σ is never to be measured."""
+        if self._tolerance == 0 and not self._often:
+            return math.nan, math.nan
+        return self._sigma(kernel.numpy())
+
+    def _postpone(self, step: int, excess: float, distance: float) -> None:
+        """Sets when the next measurement is due."""
+        if excess <= self._sufficient:  # rounding, which dominates R_α if the tolerance is tiny
+            self._sufficient = -math.inf
+        # Near √α the distance is proportional to the root of R_α. The next measurement is due a little below
+        # the R_α at which the distance will equal the tolerance.
+        share = (self._tolerance / distance) ** 2 if distance > self._tolerance else 1.0
+        self._due_excess = min(self._necessary, excess * 0.95 * share)
+        self._due_step = step + max(100, step // 4)
 
 
-def _extremes(conv: Convolution, tolerance: float) -> Callable[[np.ndarray], tuple[float, float]]:
-    """A function that returns (σmax, σmin) of a kernel, or NaN where they cannot be had, without raising."""
-    accuracy = min(1e-4, 1e-2 * tolerance) or 1e-6
-    try:
-        extremes = ExtremesFinder(conv, accuracy, dense_rows=DECOMPOSED_ROWS)  # a look has to be quick
-    except ValueError as error:
-        if tolerance == 0:
-            return lambda kernel: (math.nan, math.nan)
-        raise ValueError(
-            f"tolerance needs σ, which cannot be measured ({error}) Use tolerance=0, and gradient_tolerance "
-            f"to stop. Received: tolerance={tolerance}"
-        ) from None
-    found = None
+class _SigmaFinder:
+    """Measures σmax and σmin of one kernel after another. Each search starts from the last result."""
 
-    def measure(kernel):
-        nonlocal found
+    def __init__(self, conv: Convolution, tolerance: float):
+        accuracy = min(1e-4, 1e-2 * tolerance) or 1e-6
+        self._last: ExtremeSingularValues | None = None
+        self._extremes: ExtremesFinder | None = None
         try:
-            found = extremes(kernel, found)
-        except ValueError:  # a descent is not to end because memory is short for a moment
+            # The search takes over from fewer rows than elsewhere: a measurement must be fast.
+            self._extremes = ExtremesFinder(conv, accuracy, dense_rows=DECOMPOSED_ROWS)
+        except ValueError as error:
+            if tolerance > 0:
+                raise ValueError(
+                    f"tolerance needs σ, which cannot be measured ({error}) Use tolerance=0, and "
+                    f"gradient_tolerance to stop. Received: tolerance={tolerance}"
+                ) from None
+
+    def __call__(self, kernel: np.ndarray) -> tuple[float, float]:
+        """Returns (σmax, σmin). A value is NaN if it could not be measured."""
+        if self._extremes is None:
+            return math.nan, math.nan
+        try:
+            found = self._last = self._extremes(kernel, self._last)
+        except ValueError:  # memory that is short for a moment must not end a descent
             return math.nan, math.nan
         return (
             found.sigma_max if found.sigma_max_converged else math.nan,
             found.sigma_min if found.sigma_min_converged else math.nan,
         )
 
-    return measure
-
 
 def _interval(step: int) -> int:
-    """Steps between measurements: each of the first 40, then 2, 5, 10, 20, …, a twentieth of the steps."""
+    """Returns the steps between measurements: 1 for the first 40, then 2, 5, 10, … up to a twentieth."""
     most = max(step / 20, 1)
     decade = 10 ** int(math.log10(most))
     return decade * max(n for n in (1, 2, 5) if n * decade <= most)

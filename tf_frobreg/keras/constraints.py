@@ -2,6 +2,7 @@
 
 from typing import Any, Unpack
 
+import keras
 import tensorflow as tf
 
 from tf_frobreg.convolution.geometry import Geometry, Size
@@ -12,32 +13,38 @@ from tf_frobreg.penalties.projection import check_interval, check_strides, clip
 __all__ = ["SingularValueClip"]
 
 
-@tf.keras.utils.register_keras_serializable(package="tf_frobreg")
-class SingularValueClip(TakesGeometry, tf.keras.constraints.Constraint):
-    """`clip_singular_values` as a Keras `kernel_constraint`: applied after every step of the optimizer.
+@keras.saving.register_keras_serializable(package="tf_frobreg")
+class SingularValueClip(TakesGeometry, keras.constraints.Constraint):
+    """Clips the singular values of a kernel into [low, high], by `clip_singular_values`.
 
-    Each application takes one singular value decomposition per frequency, hundreds of them for an image of
-    32×32: on layers of many channels it costs more than the training step. XLA has no decomposition of
-    complex matrices: where Keras would compile with it (by itself on GPUs), use `jit_compile=False`.
+    As a Keras `kernel_constraint` it is applied after every step of the optimizer. Each application takes one
+    singular value decomposition per frequency, hundreds of them for an image of 32×32. On layers with many
+    channels it costs more than the training step. XLA has no decomposition of complex matrices. If Keras
+    would compile with XLA, as it does on GPUs by default, use `jit_compile=False`.
 
     Args:
-        input_size: As for `clip_singular_values`; of the layer, which Keras does not show to a constraint.
-        low: As for `clip_singular_values`.
-        high: As for `clip_singular_values`.
-        **geometry: As for `clip_singular_values`.
+        input_size: Spatial size of the layer's input, an int or one int per axis. Keras does not pass it to a
+            constraint.
+        low: Smallest singular value, at least 0.
+        high: Largest singular value, positive and at least `low`.
+        **geometry: `dilation_rate`, `groups` and `kind` of the layer, as for `tf_frobreg.Convolution`.
+            Strides above 1 are refused. `padding` is accepted but not used: the border is periodic.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid, at once; where it does not fit the kernel, at the
-            first training step.
+        ValueError: If an argument is invalid. An argument that does not fit the kernel raises at the first
+            training step.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        >>> layer = tf.keras.layers.Conv2D(4, 3, kernel_constraint=SingularValueClip(input_size=16, high=0.5))
+        >>> layer = keras.layers.Conv2D(4, 3, kernel_constraint=SingularValueClip(input_size=16, high=0.5))
         >>> layer.build((None, 16, 16, 3))
         >>> layer.kernel_constraint(layer.kernel).shape
         TensorShape([3, 3, 3, 4])
     """
 
-    def __init__(self, input_size: Size, low: float = 0.0, high: float = 1.0, **geometry: Unpack[Geometry]):
+    def __init__(
+        self, input_size: Size, low: float = 0.0, high: float = 1.0, **geometry: Unpack[Geometry]
+    ) -> None:
         self.low, self.high = check_interval(low, high)
         self.take_geometry(input_size, geometry)
         check_strides(self.strides)

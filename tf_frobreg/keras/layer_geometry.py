@@ -1,4 +1,4 @@
-"""The layer's geometry, which a user repeats where Keras passes only the kernel."""
+"""The geometry of a layer. The user repeats it, because Keras passes only the kernel."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,21 +26,27 @@ class TakesGeometry:
     kind: str
 
     def take_geometry(self, input_size: Size, geometry: Geometry) -> None:
-        """Sets the attributes, or raises if an argument is invalid for every kernel."""
+        """Sets the attributes, or raises an error if an argument is invalid for every kernel."""
         self.input_size, checked = check_layer_geometry(input_size, geometry)
         for name, value in checked.items():
             setattr(self, name, value)
 
     @property
     def geometry(self) -> Geometry:
-        """The keyword arguments beside `input_size`."""
-        return Geometry(**{name: getattr(self, name) for name in Geometry.__annotations__})
+        """The keyword arguments other than `input_size`."""
+        return Geometry(
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            groups=self.groups,
+            kind=self.kind,
+        )
 
     def convolution(self, kernel_shape: Sequence[int]) -> Convolution:
-        """Returns the convolution with a kernel of that shape, or raises if they do not fit."""
+        """Returns the convolution with a kernel of that shape, or raises an error if they do not fit."""
         return Convolution.of(kernel_shape, self.input_size, self.geometry)
 
     def geometry_config(self) -> dict[str, Any]:
-        """Returns `input_size` and the geometry as JSON has them: lists in place of tuples."""
+        """Returns `input_size` and the geometry as plain values, with lists in place of tuples."""
         values = {"input_size": self.input_size, **self.geometry}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}

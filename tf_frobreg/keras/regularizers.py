@@ -1,12 +1,14 @@
 """The Keras regularizers."""
 
 import weakref
-from typing import Unpack
+from collections.abc import Callable, Iterable
+from typing import Any, Unpack
 
+import keras
 import tensorflow as tf
 
 from tf_frobreg.checks import check_choice, check_integer, check_number
-from tf_frobreg.convolution.geometry import Geometry
+from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.penalties.frobenius import METHODS, FrobeniusPenalty
@@ -23,20 +25,42 @@ __all__ = [
 REDUCTIONS = ("sum", "mean")
 
 
-class WeightedRegularizer(tf.keras.regularizers.Regularizer):
-    """A penalty times `factor` times `scale`, a number that `FactorSchedule` changes during training."""
+class Replacement(keras.regularizers.Regularizer):
+    """A regularizer that can take the place of another one and give it back. Internal.
 
-    def __init__(self, factor, scale):
+    Keras keeps a regularizer in two places: the kernel's variable has the one that is computed, the layer the
+    one that is saved. The attributes are not saved with a model.
+
+    Attributes:
+        replaced: The variable's regularizer before `attach_regularizers` put this one there, or None.
+        replaced_in_layer: The layer's. It differs if the layer's attribute was set after building.
+        detached: Whether `AttachReport.detach` has taken this one off.
+    """
+
+    replaced: Any = None
+    replaced_in_layer: Any = None
+    detached: bool = False
+
+
+class WeightedRegularizer(Replacement):
+    """A penalty times `factor` times `scale`, a number that `FactorSchedule` changes. Internal.
+
+    Args:
+        factor: Weight of the penalty, at least 0.
+        scale: Multiplier of `factor`, at least 0.
+    """
+
+    def __init__(self, factor: float, scale: float) -> None:
         self.factor = check_number("factor", factor)
-        self._scale = check_number("scale", scale)
+        self._scale: Any = check_number("scale", scale)
 
     @property
     def scale(self) -> float:
-        """What `factor` is multiplied by; traced functions see a change only after `make_adjustable`."""
+        """Multiplier of `factor`. Traced functions see a change only after `make_adjustable`."""
         return float(self._scale)
 
     @scale.setter
-    def scale(self, value):
+    def scale(self, value: float) -> None:
         value = check_number("scale", value)
         if isinstance(self._scale, tf.Variable):
             self._scale.assign(value)
@@ -44,7 +68,7 @@ class WeightedRegularizer(tf.keras.regularizers.Regularizer):
             self._scale = value
 
     def make_adjustable(self) -> bool:
-        """Keeps `scale` in a variable from now on, which traced functions read; False if it did before."""
+        """Moves `scale` into a variable, which traced functions read. Returns False if it was in one."""
         if isinstance(self._scale, tf.Variable):
             return False
         with tf.init_scope():
@@ -56,54 +80,58 @@ class WeightedRegularizer(tf.keras.regularizers.Regularizer):
             )
         return True
 
-    def weight(self, dtype: tf.DType):
-        """factor·scale: a plain number, or a tensor of `dtype` where the regularizer is adjustable."""
+    def weight(self, dtype: tf.DType) -> Any:
+        """Returns factor·scale: a plain number, or a tensor of `dtype` if `scale` is in a variable."""
         if isinstance(self._scale, tf.Variable):
             return tf.cast(self.factor * self._scale, dtype)
         return self.factor * self._scale
 
-    def get_config(self):
-        """Returns the constructor's arguments as plain values; `scale` only where it is not 1."""
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments as plain values, with `scale` only if it is not 1."""
         return {"factor": self.factor} | ({} if self.scale == 1.0 else {"scale": self.scale})
 
-    def __getstate__(self):
-        return self.__dict__ | {"_scale": self.scale}  # a copy is adjusted on its own
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_scale": self.scale}  # a copy does not share the variable
 
 
-@tf.keras.utils.register_keras_serializable(package="tf_frobreg")
+@keras.saving.register_keras_serializable(package="tf_frobreg")
 class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
-    """Penalises a kernel by `factor`·R_α(K), R_α(K) = ‖MᵀM − αI‖²_F with M its transformation matrix.
+    """Penalises a kernel by `factor`·R_α(K), with R_α(K) = ‖MᵀM − αI‖²_F.
 
-    It draws the singular values of M, the linear map that the layer applies to an image, towards √α. Keras
-    shows a regularizer nothing but the kernel: image size, strides, padding, dilation and groups of the
-    layer have to be repeated here, and must be those of the layer. What does not fit the kernel is refused,
-    but a wrong geometry that fits it is not noticed: mind that Keras' layers default to padding="valid", and
-    that LoRA on a `Dense` layer passes its two factors off as kernels.
+    M is the transformation matrix of equations (2.1) and (3.1), the linear map that the layer applies to an
+    image. The penalty draws the singular values of M towards √α.
 
-    Under zero padding ("same", "valid") R_α is smallest for kernels with one tap only, so a large `factor`
-    turns a 3×3 convolution into a 1×1 one; padding="circular" penalises the border-free operator instead,
-    whose minimisers use every tap.
+    Keras passes a regularizer only the kernel. You must repeat the layer's input size, strides, padding,
+    dilation and groups. A wrong value that still fits the kernel's shape is not detected. Two mistakes are
+    likely. The default padding is "valid" in Keras' layers and "same" in this class. With LoRA, a `Dense`
+    layer passes its two factors in place of the kernel.
+
+    With padding="same" and strides of 1, R_α is smallest for kernels with one tap only. A large `factor` then
+    turns a 3×3 convolution into a 1×1 one. With padding="valid", or with larger strides, kernels of several
+    taps reach the smallest value too. padding="circular" penalises the operator without border, and its
+    minimisers use all taps.
 
     Args:
-        input_size: Spatial size of the layer's input, an int or one int per axis; () for `Dense`.
+        input_size: Spatial size of the layer's input, an int or one int per axis. () for `Dense`.
         factor: Weight of the penalty, at least 0.
-        alpha: α, the target of σ²; positive.
+        alpha: α, the target of σ². Positive.
         strides: As given to the layer.
         padding: As given to the layer, or "circular".
         dilation_rate: As given to the layer.
         groups: As given to the layer.
-        kind: "conv", "depthwise" or "transpose", by the layer: kernels of the same rank differ in meaning.
-        reduction: "sum" for R_α itself, or "mean" to divide it by the columns of M, so that one factor
-            suits layers of any size.
-        method: "closed_form" or "sparse", as for `frobenius_penalty`.
-        scale: What `FactorSchedule` multiplies `factor` by at the moment; saved with the model.
+        kind: "conv", "depthwise" or "transpose", by the type of the layer.
+        reduction: "sum" for R_α itself, in units of σ⁴. "mean" divides it by the number of columns of M, so
+            that one factor suits layers of any size.
+        method: "closed_form" costs the same for every image size. "sparse" forms M. Both are exact.
+        scale: Multiplier of `factor` that `FactorSchedule` changes. It is saved with the model.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid, at once; where it does not fit the kernel, when
-            the penalty is first computed (`layer.losses`, or the first step of `fit`).
+        ValueError: If an argument is invalid. An argument that does not fit the kernel raises when the
+            penalty is first computed: by `layer.losses` or in the first step of `fit`.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        >>> layer = tf.keras.layers.Conv2D(
+        >>> layer = keras.layers.Conv2D(
         ...     8, 3, padding="same", kernel_regularizer=FrobeniusRegularizer(input_size=28, factor=1e-4))
         >>> _ = layer(tf.zeros((1, 28, 28, 1)))
         >>> print(len(layer.losses), layer.losses[0] > 0)
@@ -112,19 +140,19 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
 
     def __init__(
         self,
-        input_size,
-        factor=1e-4,
-        alpha=1.0,
+        input_size: Size,
+        factor: float = 1e-4,
+        alpha: float = 1.0,
         *,
-        strides=1,
-        padding="same",
-        dilation_rate=1,
-        groups=1,
-        kind="conv",
-        reduction="sum",
-        method="closed_form",
-        scale=1.0,
-    ):
+        strides: Size = 1,
+        padding: str = "same",
+        dilation_rate: Size = 1,
+        groups: int = 1,
+        kind: str = "conv",
+        reduction: str = "sum",
+        method: str = "closed_form",
+        scale: float = 1.0,
+    ) -> None:
         super().__init__(factor, scale)
         self.alpha = check_number("alpha", alpha, exclusive=True)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
@@ -134,14 +162,14 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
         )
         self.take_geometry(input_size, geometry)
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> tf.Tensor:
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        kernel = as_kernel(x, check_finite=False)  # a diverging training is to show a NaN loss, not stop
+        kernel = as_kernel(x, check_finite=False)  # a diverging training shows a NaN loss and goes on
         conv = self.convolution(kernel.shape)
         penalty = FrobeniusPenalty(conv, self.alpha, self.method).value(kernel)
         return self.weight(penalty.dtype) / (conv.shape[1] if self.reduction == "mean" else 1) * penalty
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
         return {
             **super().get_config(),
@@ -152,33 +180,36 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
         }
 
 
-@tf.keras.utils.register_keras_serializable(package="tf_frobreg")
+@keras.saving.register_keras_serializable(package="tf_frobreg")
 class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
-    """Penalises a kernel by `factor`·‖MᵀM − αI‖₂, Guo's earlier penalty, reference [7] of the paper.
+    """Penalises a kernel by `factor`·‖MᵀM − αI‖₂, the earlier penalty of Guo and Ye (arXiv:1906.04866).
 
-    Each time it is evaluated it takes a few power steps from the vector that the last evaluation of the same
-    kernel led to: while training moves the kernel slowly, two of them follow the σ that is farthest from √α.
-    The value is too small until the steps have converged. The vectors are not saved with a model: a loaded
-    one starts from a random vector again.
+    `spectral_penalty` defines it. Each evaluation takes a few power steps. They start from the vector that
+    the last evaluation of the same kernel reached. While training moves the kernel slowly, two steps follow
+    the σ that is farthest from √α. The value is too small until the steps have converged. The vectors are not
+    saved with a model. A loaded model starts from a random vector.
 
     Args:
-        input_size: As for `FrobeniusRegularizer`.
+        input_size: Spatial size of the layer's input, an int or one int per axis. () for `Dense`.
         factor: Weight of the penalty, at least 0.
-        alpha: α, the target of σ²; positive.
-        gram: "columns" or "smaller", as for `spectral_penalty`; the former ends with zero gradient where M
-            has more columns than rows.
+        alpha: α, the target of σ². Positive.
+        gram: "columns" for MᵀM, or "smaller" for MMᵀ if M has more columns than rows. With "columns" the
+            gradient of such an M ends at zero.
         power_steps: Power steps at each evaluation.
-        scale: As for `FrobeniusRegularizer`.
-        **geometry: As for `FrobeniusRegularizer`: of the layer, to which Keras gives no access.
+        scale: Multiplier of `factor` that `FactorSchedule` changes. It is saved with the model.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind` of the layer, as for
+            `tf_frobreg.Convolution`.
 
     Raises:
-        ValueError, TypeError: As `FrobeniusRegularizer`.
+        ValueError: If an argument is invalid. An argument that does not fit the kernel raises when the
+            penalty is first computed.
+        TypeError: If an argument has the wrong type.
 
     Example:
         >>> regularizer = SpectralRegularizer(input_size=8, factor=0.1, gram="smaller")
-        >>> layer = tf.keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=regularizer)
+        >>> layer = keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=regularizer)
         >>> _ = layer(tf.zeros((1, 8, 8, 3)))
-        >>> values = [layer.losses[0].numpy() for _ in range(200)]  # the power steps go on
+        >>> values = [layer.losses[0].numpy() for _ in range(200)]  # each one takes two more power steps
         >>> from tf_frobreg import singular_values
         >>> sigma = singular_values(layer.kernel, 8)
         >>> print(abs(values[-1] - 0.1 * abs(sigma**2 - 1).max()) < 1e-3)
@@ -187,33 +218,34 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
 
     def __init__(
         self,
-        input_size,
-        factor=1e-4,
-        alpha=1.0,
+        input_size: Size,
+        factor: float = 1e-4,
+        alpha: float = 1.0,
         *,
-        gram="columns",
-        power_steps=2,
-        scale=1.0,
+        gram: str = "columns",
+        power_steps: int = 2,
+        scale: float = 1.0,
         **geometry: Unpack[Geometry],
-    ):
+    ) -> None:
         super().__init__(factor, scale)
         self.alpha = check_number("alpha", alpha, exclusive=True)
         self.gram = check_gram(gram)
         self.power_steps = check_integer("power_steps", power_steps)
         self.take_geometry(input_size, geometry)
-        self._vectors = {}
+        # Maps each kernel to (weak reference to the kernel or None, variable with its vector).
+        self._vectors: dict[Any, tuple[weakref.ref | None, tf.Variable]] = {}
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> tf.Tensor:
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
         kernel = as_kernel(x, check_finite=False)
         conv = self.convolution(kernel.shape)
         vector = self._vector(x, kernel.dtype, conv)
         value, new = power_iteration(kernel, vector, conv, self.alpha, self.gram, self.power_steps)
-        # A diverging training is to show a NaN loss, and no more than that.
+        # A NaN loss of a diverging training must not stay in the vector.
         vector.assign(tf.where(tf.math.is_finite(value), new, vector))
         return self.weight(value.dtype) * value
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
         return {
             **super().get_config(),
@@ -223,88 +255,102 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
             **self.geometry_config(),
         }
 
-    def _vector(self, x, dtype, conv):
-        """The variable with the vector of this kernel: one regularizer may serve several layers."""
-        owned = hasattr(x, "assign")
-        key = id(x) if owned else (conv.kernel_shape, dtype)
+    def _vector(self, x: Any, dtype: tf.DType, conv: Convolution) -> tf.Variable:
+        """Returns the variable with the vector of this kernel. One regularizer can serve several layers."""
+        is_variable = hasattr(x, "assign")
+        key = id(x) if is_variable else (conv.kernel_shape, dtype)
         owner, vector = self._vectors.get(key, (None, None))
-        if vector is None or (owned and owner() is not x):
-            # Vectors of kernels that are gone go too: another kernel may come to have the same id.
+        if vector is None or (owner is not None and owner() is not x):
+            # Forget the kernels that are gone, because a new kernel can have the id of an old one.
             self._vectors = {k: (o, v) for k, (o, v) in self._vectors.items() if o is None or o() is not None}
-            with tf.init_scope():  # outlives the function that is being traced
+            with tf.init_scope():  # the variable outlives the function that is being traced
                 vector = tf.Variable(
                     start_vector(conv, self.gram, dtype),
                     trainable=False,
                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
                 )
-            self._vectors[key] = (weakref.ref(x) if owned else None, vector)
+            self._vectors[key] = (weakref.ref(x) if is_variable else None, vector)
         return vector
 
-    def __getstate__(self):
-        return super().__getstate__() | {"_vectors": {}}  # a copy has kernels of its own
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_vectors": {}}  # a copy serves other kernels
 
 
-@tf.keras.utils.register_keras_serializable(package="tf_frobreg")
+@keras.saving.register_keras_serializable(package="tf_frobreg")
 class ReshapedRegularizer(WeightedRegularizer):
-    """Penalises a kernel by `factor`·‖WᵀW − αI‖²_F, W being the kernel reshaped to filters × the rest.
+    """Penalises a kernel by `factor`·‖WᵀW − αI‖²_F, with W the kernel reshaped to filters × the rest.
 
-    W is not the layer's matrix: see `reshaped_penalty`. It is here for comparison, and needs no geometry.
+    W is not the transformation matrix of the layer, see `reshaped_penalty`. This class is here for
+    comparison. It needs no geometry.
 
     Args:
         factor: Weight of the penalty, at least 0.
-        alpha: α, the target of W's squared singular values; positive.
-        scale: As for `FrobeniusRegularizer`.
+        alpha: α, the target of the squared singular values of W. Positive.
+        scale: Multiplier of `factor` that `FactorSchedule` changes. It is saved with the model.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid; the message names it.
+        ValueError: If an argument is invalid. The message names the argument.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        >>> layer = tf.keras.layers.Conv2D(9, 3, kernel_regularizer=ReshapedRegularizer(factor=0.1))
+        >>> layer = keras.layers.Conv2D(9, 3, kernel_regularizer=ReshapedRegularizer(factor=0.1))
         >>> _ = layer(tf.zeros((1, 8, 8, 1)))
         >>> print(layer.losses[0] > 0)
         tf.Tensor(True, shape=(), dtype=bool)
     """
 
-    def __init__(self, factor=1e-4, alpha=1.0, *, scale=1.0):
+    def __init__(self, factor: float = 1e-4, alpha: float = 1.0, *, scale: float = 1.0) -> None:
         super().__init__(factor, scale)
         self.alpha = check_number("alpha", alpha, exclusive=True)
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> tf.Tensor:
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
         penalty = evaluate_reshaped(as_kernel(x, check_finite=False), self.alpha)
         return self.weight(penalty.dtype) * penalty
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
         return super().get_config() | {"alpha": self.alpha}
 
 
-@tf.keras.utils.register_keras_serializable(package="tf_frobreg")
-class SumRegularizer(tf.keras.regularizers.Regularizer):
-    """Adds up the values of several regularizers, as where a penalty joins one that is there already.
+@keras.saving.register_keras_serializable(package="tf_frobreg")
+class SumRegularizer(Replacement):
+    """Adds up the values of several regularizers, so that a kernel can have more than one.
 
     Args:
-        regularizers: Keras regularizers, or functions of the kernel.
+        regularizers: Keras regularizers, their names or configurations, or functions of the kernel.
 
     Raises:
-        ValueError: Where there is none.
+        ValueError: If `regularizers` is empty or contains None.
 
     Example:
-        >>> both = SumRegularizer([tf.keras.regularizers.L2(0.5), ReshapedRegularizer(factor=1.0)])
+        >>> both = SumRegularizer([keras.regularizers.L2(0.5), ReshapedRegularizer(factor=1.0)])
         >>> print(both(tf.ones((1, 1, 1, 1))).numpy())
         0.5
     """
 
-    def __init__(self, regularizers):
-        self.regularizers = [tf.keras.regularizers.get(regularizer) for regularizer in regularizers]
+    def __init__(self, regularizers: Iterable[Any]) -> None:
+        given = list(regularizers)
+        self.regularizers: list[Callable[[Any], Any]] = [keras.regularizers.get(part) for part in given]
         if not self.regularizers or None in self.regularizers:
-            raise ValueError(f"regularizers must be some. Received: regularizers={regularizers!r}")
+            raise ValueError(
+                f"regularizers must not be empty and must not contain None. Received: regularizers={given!r}"
+            )
 
-    def __call__(self, x):
+    def __call__(self, x: Any) -> tf.Tensor:
         """Returns the sum, a scalar."""
         return tf.add_n([regularizer(x) for regularizer in self.regularizers])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
-        serialize = tf.keras.regularizers.serialize
-        return {"regularizers": [serialize(regularizer) for regularizer in self.regularizers]}
+        return {"regularizers": [keras.regularizers.serialize(part) for part in self.regularizers]}
+
+
+def regularizer_parts(regularizer: Any) -> list[Any]:
+    """Returns the regularizers that a `SumRegularizer` adds up, including those of sums in it.
+
+    Any other regularizer is its own only part. None has no part.
+    """
+    if isinstance(regularizer, SumRegularizer):
+        return [part for summand in regularizer.regularizers for part in regularizer_parts(summand)]
+    return [] if regularizer is None else [regularizer]

@@ -1,52 +1,84 @@
-"""Which kernels of a model are meant: by name, layer, layer class or function of the layer."""
+"""Selects kernels of a model: by name, layer, layer class or function of the layer."""
 
 import fnmatch
 import reprlib
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import tensorflow as tf
+import keras
 
-from tf_frobreg.keras.read_layers import LayerKernel, flat_layers, read_kernels
-
-keras = tf.keras
+from tf_frobreg.convolution.geometry import Size
+from tf_frobreg.keras.read_layers import LayerKernel, read_kernels
 
 Selection = str | type | Callable | Sequence
 
 
-def select_kernels(model, include, exclude, input_size) -> tuple[list[LayerKernel], dict[str, str]]:
-    """(the chosen kernels of a model, why others were not chosen, by name)."""
-    include, exclude = check_selection("include", include), check_selection("exclude", exclude)
+class SelectedKernels(NamedTuple):
+    """The kernels of a model that a caller selected.
+
+    Attributes:
+        kernels: The selected kernels, in the order of the layers.
+        left_out: Why other kernels and layers are not among them, by their names.
+    """
+
+    kernels: list[LayerKernel]
+    left_out: dict[str, str]
+
+
+class Candidate(NamedTuple):
+    """What a pattern can match: a name, and the layer that has it."""
+
+    name: str
+    layer: keras.layers.Layer
+
+
+def select_kernels(
+    model: Any, include: Selection | None, exclude: Selection | None, input_size: Size | None
+) -> SelectedKernels:
+    """Returns the kernels of a model that `include` matches and `exclude` does not match.
+
+    Args:
+        model: A built Keras model or layer.
+        include: Patterns, see `attach_regularizers`. None selects all kernels.
+        exclude: Patterns.
+        input_size: Size of the model's input images, if the model leaves it open.
+
+    Returns:
+        The selected kernels, and why the others were left out.
+
+    Raises:
+        ValueError: If a name, a layer or a class matches nothing, or the image size of a selected layer is
+            unknown.
+    """
+    included, excluded = check_selection("include", include), check_selection("exclude", exclude)
     found = read_kernels(model, input_size)
-    candidates = [(kernel.name, kernel.layer) for kernel in found.kernels]
-    candidates += [(name, layer) for name, layer, *_ in found.untreated]
-    every = candidates + [(layer.name, layer) for layer in flat_layers(model)]
-    for argument, patterns, among in (("include", include, candidates), ("exclude", exclude, every)):
-        for pattern in patterns or ():
-            if not _is_function(pattern) and not any(matches(pattern, *c) for c in among):
-                raise ValueError(no_match(argument, pattern, candidates))
-    left_out = {}
-
-    def chosen(name, layer):
-        if include is not None and not any(matches(pattern, name, layer) for pattern in include):
-            left_out[name] = "not included"
-        elif any(matches(pattern, name, layer) for pattern in exclude or ()):
-            left_out[name] = "excluded"
-        return name not in left_out
-
-    kernels = [kernel for kernel in found.kernels if chosen(kernel.name, kernel.layer)]
+    candidates = [Candidate(kernel.name, kernel.layer) for kernel in found.kernels]
+    candidates += [Candidate(untreated.name, untreated.layer) for untreated in found.untreated]
+    check_matches("include", included or (), candidates, candidates)
+    # Excluding a layer without a kernel changes nothing, and is allowed.
+    everything = [*candidates, *(Candidate(layer.name, layer) for layer in found.layers)] if excluded else []
+    check_matches("exclude", excluded or (), everything, candidates)
+    left_out: dict[str, str] = {}
+    for candidate in candidates:
+        if included is not None and not matches_any(included, candidate):
+            left_out[candidate.name] = "not included"
+        elif matches_any(excluded or (), candidate):
+            left_out[candidate.name] = "excluded"
+    kernels = [kernel for kernel in found.kernels if kernel.name not in left_out]
     for untreated in found.untreated:
-        if chosen(untreated.name, untreated.layer):
-            if untreated.of_unknown_size:
-                raise ValueError(
-                    f"layer {untreated.name!r} cannot be treated: {untreated.reason}. Or leave it out, "
-                    f"exclude={untreated.name!r}. Received: input_size={input_size}"
-                )
-            left_out[untreated.name] = untreated.reason
-    return kernels, left_out
+        if untreated.name in left_out:
+            continue
+        if untreated.of_unknown_size:
+            raise ValueError(
+                f"layer {untreated.name!r} cannot be treated: {untreated.reason}. Or leave it out, "
+                f"exclude={untreated.name!r}. Received: input_size={input_size}"
+            )
+        left_out[untreated.name] = untreated.reason
+    return SelectedKernels(kernels, left_out)
 
 
-def check_selection(argument: str, selection: Selection | None) -> list | None:
-    """The selection as a list, or an error that names the argument."""
+def check_selection(argument: str, selection: Selection | None) -> list[Any] | None:
+    """Returns the selection as a list of patterns, or raises an error that names the argument."""
     if selection is None:
         return None
     single = isinstance(selection, (str, type)) or callable(selection)
@@ -61,22 +93,41 @@ def check_selection(argument: str, selection: Selection | None) -> list | None:
     return list(patterns)
 
 
-def matches(pattern, name: str, layer: keras.layers.Layer) -> bool:
-    """Whether a kernel of that name, of that layer, is meant."""
+def check_matches(
+    argument: str, patterns: Sequence[Any], among: Sequence[Candidate], candidates: Sequence[Candidate]
+) -> None:
+    """Raises an error if a pattern matches nothing, which is a mistake unless it is a function.
+
+    Args:
+        argument: Name of the argument that has the patterns.
+        patterns: The patterns.
+        among: What they may match.
+        candidates: What the error lists.
+
+    Raises:
+        ValueError: If a name, a layer or a class matches nothing.
+    """
+    for pattern in patterns:
+        is_function = not isinstance(pattern, (str, type, keras.layers.Layer))
+        if not is_function and not any(matches(pattern, candidate) for candidate in among):
+            names = ", ".join(candidate.name for candidate in candidates) or "none"
+            raise ValueError(
+                f"{argument} must match a layer with a kernel ({names}). Received: {argument}={pattern!r}"
+            )
+
+
+def matches_any(patterns: Sequence[Any], candidate: Candidate) -> bool:
+    """Returns whether one of the patterns matches."""
+    return any(matches(pattern, candidate) for pattern in patterns)
+
+
+def matches(pattern: Any, candidate: Candidate) -> bool:
+    """Returns whether the pattern matches the name, the name of the layer, or the layer."""
+    name, layer = candidate
     if isinstance(pattern, str):
-        return any(fnmatch.fnmatchcase(n, pattern) for n in (name, layer.name))
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(layer.name, pattern)
     if isinstance(pattern, type):
         return isinstance(layer, pattern)
-    if isinstance(pattern, keras.layers.Layer):  # which is a function too
+    if isinstance(pattern, keras.layers.Layer):  # checked before functions, because layers are callable
         return layer is pattern
     return bool(pattern(layer))
-
-
-def _is_function(pattern):
-    return not isinstance(pattern, (str, type, keras.layers.Layer))
-
-
-def no_match(argument: str, pattern, candidates: list[tuple]) -> str:
-    """The error where a pattern means none of (name, layer)."""
-    names = ", ".join(name for name, _ in candidates) or "none"
-    return f"{argument} must match a layer with a kernel ({names}). Received: {argument}={pattern!r}"

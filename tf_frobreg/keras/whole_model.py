@@ -3,84 +3,94 @@
 import dataclasses
 import reprlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import keras
 import numpy as np
 
 from tf_frobreg.checks import check_flag, check_number
-from tf_frobreg.convolution.geometry import Convolution
+from tf_frobreg.convolution.geometry import Size
 from tf_frobreg.descent.algorithm_3_1 import DescentResult, regularize_kernel
 from tf_frobreg.keras.read_layers import read_kernels
+from tf_frobreg.keras.reports import aligned_lines
 from tf_frobreg.keras.select_kernels import Selection, select_kernels
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, report_kernel
 
 __all__ = ["ModelDescent", "model_spectrum", "regularize_model"]
 
 
-DESCENT_OPTIONS = ("learning_rate", "direction", "gradient_tolerance", "measure", "gradient", "method")
-
-
 def model_spectrum(
-    model,
+    model: keras.layers.Layer,
     *,
     alpha: float = 1.0,
     accuracy: float = 1e-4,
-    input_size=None,
+    input_size: Size | None = None,
     sigma_min: bool = True,
     max_iterations: int = 1000,
     start: Sequence[KernelSpectrum] | None = None,
 ) -> list[KernelSpectrum]:
-    """Returns σmax, σmin and the penalty of each kernel of a model.
+    """Returns σmax, σmin and the penalty R_α = ‖MᵀM − αI‖²_F of each kernel of a model.
 
-    Each layer's geometry (image size, strides, padding, dilation, groups, data format, kind) is read from the
-    layer. Bias and activation do not enter: what is measured is the linear map M. A `Dense` layer's M is its
-    kernel. Layers that are shared between images of different sizes are measured for the first.
+    M is the transformation matrix of equations (2.1) and (3.1), without bias and activation. The M of a
+    `Dense` layer is its kernel. The geometry (image size, strides, padding, dilation, groups, data format and
+    kind) is read from each layer. A layer that is shared between images of different sizes is measured for
+    the first size.
 
     Args:
-        model: A built Keras model or layer; nested models and layers are measured too.
+        model: A built Keras model or layer. Nested models and layers are measured too.
         alpha: α of R_α, the target of σ². Positive.
-        accuracy: As for `extreme_singular_values`.
-        input_size: The size of the input images, an int or one int per axis, where the model leaves it open.
-            The model is then called once, on zeros.
-        sigma_min: Whether σmin is wanted. σmax alone takes much less time.
-        max_iterations: As for `extreme_singular_values`.
-        start: What this function gave before: the searches begin there, as after each epoch of a training.
+        accuracy: Below 1. The error estimate of σmax to reach, relative to σmax.
+        input_size: Size of the input images, an int or one int per axis, if the model leaves it open. The
+            model is then called once, on zeros.
+        sigma_min: Whether to search for σmin. σmax alone takes much less time.
+        max_iterations: Approximate limit on products with the Gram matrix, for each singular value and each
+            solver.
+        start: An earlier result of this function. The searches begin there, for example after each epoch of
+            a training.
 
     Returns:
-        One `KernelSpectrum` per kernel, in the order of the layers. Layers that have a matrix but are neither
-        convolution nor Dense, or are not known well enough, come last, with the reason. A layer goes by its
-        name, or by its path where the name is not unique; the two kernels of a separable convolution by
-        "<layer>/depthwise" and "<layer>/pointwise".
+        One `KernelSpectrum` per kernel, in the order of the layers. Then one with a reason for each layer
+        that has a matrix but cannot be measured. A row has the name of the layer, or its path if the name is
+        not unique. The two kernels of a separable convolution are "<layer>/depthwise" and
+        "<layer>/pointwise".
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid, or the model has not been built.
+        ValueError: If an argument is invalid, or the model has not been built.
+        TypeError: If an argument has the wrong type.
 
     Example:
-        >>> model = tf.keras.Sequential([
-        ...     tf.keras.Input((8, 8, 1)),
-        ...     tf.keras.layers.Conv2D(1, 3, padding="same", kernel_initializer="ones", name="sum"),
-        ...     tf.keras.layers.Flatten(),
-        ...     tf.keras.layers.Dense(10, kernel_initializer="orthogonal", name="output")])
+        >>> model = keras.Sequential([
+        ...     keras.Input((8, 8, 1)),
+        ...     keras.layers.Conv2D(1, 3, padding="same", kernel_initializer="ones", name="sum"),
+        ...     keras.layers.Flatten(),
+        ...     keras.layers.Dense(10, kernel_initializer="orthogonal", name="output")])
         >>> for row in model_spectrum(model):
         ...     print(row.name, f"{row.extremes.sigma_max:.2f} {row.extremes.sigma_min:.2f}")
         sum 8.29 0.00
         output 1.00 1.00
     """
     alpha = check_number("alpha", alpha, exclusive=True)
-    found = read_kernels(model, input_size)
-    options = {
-        "accuracy": accuracy,
-        "max_iterations": max_iterations,
-        "sigma_min": check_flag("sigma_min", sigma_min),
-    }
+    sigma_min = check_flag("sigma_min", sigma_min)
     before = {row.name: row for row in _check_start(start)}
+    found = read_kernels(model, input_size)
     rows = [
-        report_kernel(kernel.name, kernel.value, kernel.conv, alpha, start=before.get(kernel.name), **options)
+        report_kernel(
+            kernel.name,
+            kernel.value,
+            kernel.conv,
+            alpha,
+            accuracy=accuracy,
+            max_iterations=max_iterations,
+            sigma_min=sigma_min,
+            start=before.get(kernel.name),
+        )
         for kernel in found.kernels
     ]
-    return rows + [KernelSpectrum(u.name, u.reason) for u in found.untreated]
+    return rows + [KernelSpectrum(layer.name, layer.reason) for layer in found.untreated]
 
 
-def _check_start(start):
+def _check_start(start: Any) -> Sequence[KernelSpectrum]:
+    """Returns the rows to start from, or raises an error if they are not rows."""
     rows = () if start is None else start
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, KernelSpectrum) for row in rows):
         raise TypeError(f"start must be what model_spectrum returned. Received: start={reprlib.repr(start)}")
@@ -89,11 +99,22 @@ def _check_start(start):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelDescent:
-    """What `regularize_model` reached; printed, it is a table.
+    """What `regularize_model` reached. `print(descent)` shows one line per kernel.
 
     Attributes:
-        results: The `DescentResult` of each kernel, by its name.
+        results: The `DescentResult` of each kernel, by the kernel's name.
         left_out: Why other kernels and layers were left as they were, by their names.
+
+    Example:
+        >>> model = keras.Sequential([
+        ...     keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3, padding="same", name="conv"),
+        ...     keras.layers.Dense(2, name="top")])
+        >>> descent = regularize_model(model, exclude="top", max_steps=1, tolerance=0.5)
+        >>> print(descent)
+        conv  R ... → ..., σ ... … ..., 1 step, ...converged: ...
+        top   - excluded
+        >>> list(descent.results), descent.left_out
+        (['conv'], {'top': 'excluded'})
     """
 
     results: dict[str, DescentResult]
@@ -105,20 +126,22 @@ class ModelDescent:
         return all(result.converged for result in self.results.values())
 
     def __str__(self) -> str:
-        width = max((len(name) for name in (*self.results, *self.left_out)), default=0)
-        lines = []
-        for name, result in self.results.items():
-            before, after = result.history["penalty"][0], result.penalty
-            high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
-            lines.append(
-                f"{name:{width}}  R {before:.4g} → {after:.4g}, σ {low:.4g} … {high:.4g}, "
-                f"{result.num_steps} step{'s'[: result.num_steps != 1]}, {result.reason.value}"
-            )
-        return "\n".join(lines + [f"{name:{width}}  - {reason}" for name, reason in self.left_out.items()])
+        lines = {name: _describe(result) for name, result in self.results.items()}
+        return aligned_lines(lines, self.left_out)
+
+
+def _describe(result: DescentResult) -> str:
+    """Returns a descent in one line."""
+    before, after = result.history["penalty"][0], result.penalty
+    high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
+    return (
+        f"R {before:.4g} → {after:.4g}, σ {low:.4g} … {high:.4g}, "
+        f"{result.num_steps} step{'' if result.num_steps == 1 else 's'}, {result.reason.value}"
+    )
 
 
 def regularize_model(
-    model,
+    model: keras.layers.Layer,
     *,
     alpha: float = 1.0,
     include: Selection | None = None,
@@ -126,43 +149,57 @@ def regularize_model(
     padding: str | None = None,
     max_steps: int = 200,
     tolerance: float = 0.01,
-    input_size=None,
+    input_size: Size | None = None,
     callback: Callable[[str, int, np.ndarray, float], bool | None] | None = None,
-    **options,
+    learning_rate: Any = "exact",
+    direction: str | None = None,
+    gradient_tolerance: float = 0.0,
+    measure: str = "rarely",
+    gradient: str | None = None,
+    method: str = "closed_form",
 ) -> ModelDescent:
-    """Runs Algorithm 3.1 on every kernel of a built model, which is changed in place.
+    """Runs Algorithm 3.1 on every kernel of a built model, and changes the model in place.
 
-    Before training it makes each layer nearly an isometry of its images; after it, it repairs layers whose
-    singular values have drifted, at a price that only the data can tell: it knows nothing of the loss. Frozen
-    layers are regularized too. `FrobeniusInitializer` gives a new layer such a kernel, without the local
-    minima that a normal start of as many filters as channels can end in.
+    Before training, it makes each layer nearly an isometry of its images. After training, it repairs layers
+    whose singular values have drifted. This ignores the training loss. Accuracy may drop; check it on your
+    data. Frozen layers are regularized too.
+
+    From a normal start, the descent of a kernel with as many filters as channels can end in a local minimum.
+    `FrobeniusInitializer` gives a new layer a start without them.
 
     Args:
-        model: As for `attach_regularizers`.
-        alpha: α, the target of σ²; positive.
-        include: As for `attach_regularizers`.
-        exclude: As for `attach_regularizers`.
-        padding: As for `attach_regularizers`.
-        max_steps: Steps of each descent at the most.
-        tolerance: As for `regularize_kernel`.
-        input_size: As for `attach_regularizers`.
-        callback: Called as `callback(name, step, kernel, penalty)` at every step; the descent at hand and all
-            that would follow stop where it returns a true value.
-        **options: Of `regularize_kernel`: `learning_rate`, `direction`, `gradient_tolerance`, `measure`,
-            `gradient`, `method`.
+        model: A built Keras model or layer: Sequential, Functional or subclassed. Nested ones are included.
+        alpha: α, the target of σ². Positive.
+        include: Which kernels to regularize: a name, a layer, a layer class, a function of the layer, or a
+            list of these. Names may contain wildcards (`"block*"`). The default is all kernels.
+        exclude: Which of these to leave as they are, in the same form.
+        padding: None for the padding of each layer. "circular" regularizes the operators without border.
+        max_steps: Maximal number of steps of each descent.
+        tolerance: Stop a descent if max(|σmax − √α|, |σmin − √α|), equation (1.1), is at most this.
+        input_size: Size of the input images, an int or one int per axis, if the model leaves it open.
+        callback: Called as `callback(name, step, kernel, penalty)` at every step. A true value stops this
+            descent, and the kernels after it are left as they are.
+        learning_rate: λ, see `regularize_kernel`: "exact", "paper", a number, a function of the step or a
+            Keras optimizer.
+        direction: "gradient" or "conjugate". The default is "conjugate" with "exact", and "gradient"
+            otherwise.
+        gradient_tolerance: Stop a descent if ‖∂R_α/∂K‖_F is at most this. 0 disables it.
+        measure: How often σ is measured, "rarely" or "often".
+        gradient: Older spelling of two methods: "theorem" for the default, "tape" for `method="tape"`.
+        method: How R_α and its gradient are computed: "closed_form", "sparse" or "tape".
 
     Returns:
-        A `ModelDescent`, with the `DescentResult` of each kernel. Every kernel has the value that its descent
+        A `ModelDescent` with the `DescentResult` of each kernel. Every kernel has the value that its descent
         reached, converged or not.
 
     Raises:
-        ValueError, TypeError: Where an argument is invalid, or a kernel holds NaN or infinity; the message
-            names it. No kernel has been changed then.
+        ValueError: If an argument is invalid, or a kernel holds NaN or infinity. No kernel is changed then.
+        TypeError: If an argument has the wrong type. No kernel is changed then.
 
     Example:
-        >>> tf.keras.utils.set_random_seed(1)
-        >>> model = tf.keras.Sequential([
-        ...     tf.keras.Input((10, 10, 2)), tf.keras.layers.Conv2D(4, 3, padding="same", name="conv")])
+        >>> keras.utils.set_random_seed(1)
+        >>> model = keras.Sequential([
+        ...     keras.Input((10, 10, 2)), keras.layers.Conv2D(4, 3, padding="same", name="conv")])
         >>> descent = regularize_model(model)
         >>> descent.converged, descent.results["conv"].num_steps < 100
         (True, True)
@@ -171,53 +208,56 @@ def regularize_model(
     """
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be a function. Received: callback={reprlib.repr(callback)}")
-    if unknown := options.keys() - set(DESCENT_OPTIONS):
-        raise TypeError(
-            f"unknown argument {min(unknown)!r}: options are {', '.join(DESCENT_OPTIONS)}, and each layer "
-            "tells its own geometry"
-        )
-    chosen, left_out = select_kernels(model, include, exclude, input_size)
+    selected, left_out = select_kernels(model, include, exclude, input_size)
     kernels = []
-    for kernel in chosen:
-        if getattr(kernel.layer, "lora_enabled", False):
-            left_out[kernel.name] = "LoRA is enabled: its kernel is frozen"
+    for kernel in selected:
+        if (reason := kernel.reason_to_skip()) is not None:
+            left_out[kernel.name] = reason
         elif not np.isfinite(kernel.value).all():
             raise ValueError(
                 f"the kernel of layer {kernel.name!r} must be finite. Received: NaN or infinity in it"
             )
         else:
-            kernels.append((kernel, _geometry(kernel, padding)))
-    results, stopped = {}, False
-    for kernel, geometry in kernels:
-        if stopped:
+            kernels.append(kernel.with_padding(padding))
+    results, stop = {}, _StopRequest(callback)
+    for kernel in kernels:
+        if stop.requested:
             left_out[kernel.name] = "the callback stopped before it"
             continue
-
-        def of_kernel(step, value, penalty, name=kernel.name):
-            nonlocal stopped
-            stopped = bool(callback and callback(name, step, value, penalty))
-            return stopped
-
-        result = regularize_kernel(
+        results[kernel.name] = regularize_kernel(
             kernel.value,
             kernel.conv.input_size,
             alpha=alpha,
+            learning_rate=learning_rate,
+            direction=direction,
             max_steps=max_steps,
             tolerance=tolerance,
-            callback=of_kernel,
-            **options,
-            **geometry,
+            gradient_tolerance=gradient_tolerance,
+            measure=measure,
+            gradient=gradient,
+            method=method,
+            callback=stop.callback_of(kernel.name),
+            **kernel.conv.geometry,
         )
-        getattr(kernel.layer, kernel.attribute).assign(result.kernel)
-        results[kernel.name] = result
+        kernel.variable.assign(results[kernel.name].kernel)
     return ModelDescent(results, left_out)
 
 
-def _geometry(kernel, padding):
-    """That of a layer, with another border; what does not go with it is told before any kernel is changed."""
-    geometry = kernel.conv.geometry | ({} if padding is None else {"padding": padding})
-    try:
-        Convolution(kernel.conv.kernel_shape, kernel.conv.input_size, **geometry)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{error}, for layer {kernel.name!r}") from None
-    return geometry
+class _StopRequest:
+    """Passes the steps of each kernel on to a callback, and keeps whether the callback asked to stop."""
+
+    def __init__(self, callback: Callable[[str, int, np.ndarray, float], bool | None] | None) -> None:
+        self._callback = callback
+        self.requested = False
+
+    def callback_of(self, name: str) -> Callable[[int, np.ndarray, float], bool] | None:
+        """Returns the callback for the descent of one kernel."""
+        callback = self._callback
+        if callback is None:
+            return None
+
+        def at_step(step: int, kernel: np.ndarray, penalty: float) -> bool:
+            self.requested = bool(callback(name, step, kernel, penalty))
+            return self.requested
+
+        return at_step

@@ -1,0 +1,165 @@
+"""Files are read without unpickling, and written whole or not at all."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from tf_frobreg.cli.files import BadInput, OutputFile, check_picture, output_files, read_arrays
+
+
+def test_existing_files_are_kept_unless_forced(kernel, tmp_path, run):
+    output = tmp_path / "new.npy"
+    output.write_text("precious")
+    command = ["regularize", kernel, "--input-size", 8, "--output", output, "--max-steps", 1]
+    status, printed = run(*command)
+    assert status == 2
+    assert "--output exists; --force overwrites it" in printed.err
+    assert output.read_text() == "precious"
+    assert run(*command, "--force")[0] == 1
+    assert np.load(output).shape == (3, 3, 1, 3)
+
+
+def damaged(tmp_path, kind):
+    path = tmp_path / f"{kind}.npy"
+    if kind == "truncated":
+        np.save(path, np.ones((3, 3, 4, 4)))
+        path.write_bytes(path.read_bytes()[:-50])
+    elif kind == "pickled":
+        np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    elif kind == "bare_pickle":
+        path.write_bytes(pickle.dumps(np.ones(3)))
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "huge_header":
+        np.save(path, np.ones((3, 3, 1, 1)))
+        path.write_bytes(
+            path.read_bytes().replace(b"(3, 3, 1, 1)", b"(9999999999,)").replace(b" \n", b"\n", 1)
+        )
+    elif kind == "archive":
+        with open(path, "wb") as file:
+            np.savez(file, np.ones((3, 3, 1, 1)))
+    elif kind == "integer":
+        np.save(path, np.ones((3, 3, 1, 1), dtype=int))
+    elif kind == "complex":
+        np.save(path, np.ones((3, 3, 1, 1), dtype=complex))
+    elif kind == "nan":
+        np.save(path, np.full((3, 3, 1, 1), np.nan))
+    elif kind == "flat":
+        np.save(path, np.ones(9))
+    elif kind == "no_entries":
+        np.save(path, np.ones((3, 3, 1, 0)))
+    elif kind == "directory":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "FILE cannot be read (No such file or directory). Received: "),
+        ("directory", "FILE cannot be read (Is a directory). Received: "),
+        ("truncated", "FILE must be a whole .npy file"),
+        ("pickled", "FILE must be a whole .npy file"),
+        ("bare_pickle", "FILE must be a whole .npy file"),
+        ("empty", "FILE must be a whole .npy file"),
+        ("huge_header", "FILE must be a whole .npy file"),
+        ("archive", "FILE must be a .npy file of one array"),
+        ("integer", "kernel must be float32 or float64. Received: kernel.dtype=int64"),
+        ("complex", "kernel must be float32 or float64. Received: kernel.dtype=complex128"),
+        ("nan", "kernel must be finite"),
+        ("flat", "kernel must have rank 4"),
+        ("no_entries", "must not be empty"),
+    ],
+)
+def test_bad_kernel_files(kind, message, tmp_path, run):
+    path = damaged(tmp_path, kind)
+    output = tmp_path / "new.npy"
+    before = set(tmp_path.iterdir())
+    status, printed = run("regularize", path, "--input-size", 8, "--output", output)
+    assert status == 2
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_archive_of_arrays(tmp_path):
+    np.savez(tmp_path / "two.npz", a=np.ones(2), b=np.zeros(3))
+    np.save(tmp_path / "one.npy", np.ones(2))
+    assert {name: array.shape for name, array in read_arrays(tmp_path / "two.npz").items()} == {
+        "a": (2,),
+        "b": (3,),
+    }
+    assert list(read_arrays(tmp_path / "one.npy")) == ["one"]
+    whole = (tmp_path / "two.npz").read_bytes()
+    (tmp_path / "two.npz").write_bytes(whole.replace(b"NUMPY", b"NUMPI"))
+    with pytest.raises(BadInput, match="FILE must be a whole .npy or .npz file of plain numbers"):
+        read_arrays(tmp_path / "two.npz")
+
+
+def test_one_file_cannot_hold_two_results(kernel, tmp_path, run):
+    same = tmp_path / "same"
+    status, printed = run("regularize", kernel, "--input-size", 8, "--output", same, "--history", same)
+    assert status == 2
+    assert "--output, --history must be different files, and none of them the input" in printed.err
+
+
+def test_the_input_is_not_overwritten(kernel, tmp_path, run):
+    before = kernel.read_bytes()
+    command = ["regularize", kernel, "--input-size", 8, "--output", tmp_path / "new.npy", "--force"]
+    status, printed = run(*command, "--history", kernel)
+    assert status == 2
+    assert "none of them the input" in printed.err
+    assert kernel.read_bytes() == before
+
+
+def test_a_file_that_is_not_written_to_the_end_leaves_nothing(tmp_path):
+    path = tmp_path / "result.csv"
+    path.write_text("precious")
+    output = OutputFile("--csv", str(path), force=True)
+
+    def half(file):
+        file.write("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        output.write_text(half)
+    assert path.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [path]
+    output.write_text(lambda file: file.write("σ\n"))
+    assert path.read_bytes() == "σ\n".encode()
+    assert path.stat().st_mode & 0o077 == 0o044 & ~umask()
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_file_that_appears_during_the_work_is_kept(tmp_path):
+    path = tmp_path / "result.csv"
+    output = OutputFile("--csv", str(path), force=False)
+    path.write_text("precious")
+    with pytest.raises(BadInput, match="--csv exists; --force overwrites it"):
+        output.write_text(lambda file: file.write("new"))
+    assert path.read_text() == "precious"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_options_with_a_path_are_outputs(tmp_path):
+    files = output_files({"--json": None, "--csv": str(tmp_path / "a.csv")}, force=False)
+    assert list(files) == ["--csv"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [None, "a.png", "a.PDF", "a.b.svg"])
+def test_names_of_pictures(name):
+    check_picture(name)
+
+
+@pytest.mark.parametrize("name", ["a", "a.jpg", ".png", ""])
+def test_names_that_are_no_pictures(name):
+    with pytest.raises(BadInput, match="--plot must end in .png, .pdf or .svg. Received: "):
+        check_picture(name)

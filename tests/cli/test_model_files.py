@@ -1,0 +1,72 @@
+"""Models in files: what cannot be loaded gets one line, and no code in a file is run."""
+
+import keras
+import pytest
+
+from tf_frobreg.cli.files import BadInput
+from tf_frobreg.cli.model_files import load_model, load_model_and_weights, refuse_geometry, short
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["folder.keras"], "FILE cannot be loaded (it is a directory)"),
+        (["missing.keras"], "FILE cannot be loaded (no such file)"),
+        (["junk.keras"], "FILE cannot be loaded (it is damaged, or not a .keras file"),
+        (["junk.h5"], "FILE cannot be loaded ("),
+        (["lambda.keras"], "Lambda"),
+        (["lambda.h5"], "it has a Lambda layer, and its code would be run"),
+        (["model.weights.h5", "--model", "other.keras"], "FILE does not fit --model ("),
+        (["model.weights.h5", "--model", "missing.keras"], "--model cannot be loaded (no such file)"),
+        (["model.keras", "--strides", 2], "--strides cannot be given: the geometry is read from the layers"),
+    ],
+)
+def test_bad_models(arguments, message, directory, run):
+    before = set(directory.iterdir())
+    names = {path.name for path in before} | {"missing.keras"}
+    arguments = [directory / text if text in names else text for text in arguments]
+    status, printed = run("spectrum", *arguments)
+    assert status == 2
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert set(directory.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["model.keras", "model.h5", "model.json"])
+def test_a_model_in_every_format(name, directory):
+    model = load_model(str(directory / name), "FILE")
+    assert [layer.name for layer in model.layers[:2]] == ["first", "second"]
+
+
+def test_weights_for_a_model(directory):
+    expected = load_model(str(directory / "model.keras"), "FILE").get_weights()
+    model = load_model_and_weights(str(directory / "model.json"), str(directory / "model.weights.h5"))
+    assert all((a == b).all() for a, b in zip(model.get_weights(), expected, strict=True))
+
+
+def test_weights_are_no_model(directory):
+    with pytest.raises(BadInput, match="it holds only weights: rename it to .weights.h5 and use --model"):
+        load_model(str(directory / "model.weights.h5"), "FILE")
+
+
+def test_a_class_that_is_not_known_has_a_hint(tmp_path):
+    class Own(keras.layers.Dense):
+        pass
+
+    keras.Sequential([keras.Input((3,)), Own(2)]).save(tmp_path / "own.keras")
+    with pytest.raises(BadInput, match="in Python, model_spectrum and regularize_model accept such a model"):
+        load_model(str(tmp_path / "own.keras"), "FILE")
+
+
+def test_geometry_is_refused_by_the_names_of_its_options():
+    refuse_geometry({}, "model.keras")
+    with pytest.raises(
+        BadInput, match="^--dilation-rate, --groups cannot be given: .* Received: model.keras"
+    ):
+        refuse_geometry({"dilation_rate": 2, "groups": 1}, "model.keras")
+
+
+def test_errors_are_short_and_on_one_line():
+    assert short(ValueError("outer\nException encountered: inner\n cause")) == "inner cause"
+    assert short(KeyError()) == "KeyError"
+    assert short(ValueError("x" * 1000)) == "x" * 300 + " …"

@@ -1,0 +1,25 @@
+"""The benchmarks, run in their quick mode."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("script", ["closed_form.py", "descent.py", "spectrum.py", "overhead.py"])
+def test_benchmark_prints_its_tables(script):
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), "--quick"]
+    command += ["--largest", "64"] if script == "closed_form.py" else []
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    titles = {
+        "closed_form.py": ("3×3×16×16", "512×512"),
+        "descent.py": ("3×3×6×3", "3×3×64×64"),
+        "overhead.py": ("ResNet50", "DenseNet121"),
+        "spectrum.py": ("16×16", "regularized", "MB the whole process"),
+    }
+    for title in titles[script]:
+        assert title in printed
