@@ -1,23 +1,23 @@
-"""What α does: the σ that a descent reaches for α from 0.25 to 4, and a signal's way through ReLU layers.
-
-The first table takes random 3×3×3×6 kernels on 20×20 images to α. The second sends random images through ten
-convolutions of 8 channels, regularized to α, with a ReLU behind each: a ReLU passes on half of a symmetric
-signal's energy, and so α = 2 keeps it where α = 1 halves it at every layer.
+"""Shows the effect of α on the singular values and on a signal that passes through ReLU layers.
 
     python examples/alpha_sweep.py --output-dir OUT      (about a minute on two cores)
 
-prints both tables and writes alpha_sweep.csv and alpha_sweep.png.
+The script prints two tables for α from 0.25 to 4 and writes alpha_sweep.csv and alpha_sweep.png.
+
+The first table shows the σ that a descent reaches from random 3×3×3×6 kernels on 20×20 images. The second
+table shows the energy of random images after ten convolutions of 8 channels, each regularized to α and
+followed by a ReLU. A ReLU halves the energy of a symmetric signal, so α = 2 keeps the energy and α = 1 halves
+it in every layer.
 """
 
-import argparse
 import csv
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from table_and_figure import parse_options, table_parser
 
 from tf_frobreg import regularize_kernel, singular_values
 
@@ -26,14 +26,14 @@ DEPTH, CHANNELS, SIZE = 10, 8, 16
 
 
 def reach(alpha, seed):
-    """(σmax, mean σ, σmin, steps) of one random kernel after the descent."""
+    """Returns (σmax, mean σ, σmin, steps) of one random kernel after the descent."""
     result = regularize_kernel(np.random.RandomState(seed).randn(3, 3, 3, 6), 20, alpha=alpha)
     sigma = singular_values(result.kernel, 20)
     return sigma[0], sigma.mean(), sigma[-1], result.num_steps
 
 
 def energies(alpha, seed):
-    """Energy of a signal behind each ReLU, as a share of the input's."""
+    """Returns the energy of a signal after each ReLU, divided by the energy of the input."""
     random = np.random.RandomState(seed)
     signal = tf.constant(random.randn(32, SIZE, SIZE, CHANNELS))
     start, found = tf.reduce_mean(signal**2), [1.0]
@@ -47,40 +47,28 @@ def energies(alpha, seed):
 
 
 def text(values, digits=3):
-    """Mean ± standard deviation."""
+    """Returns mean ± standard deviation as text."""
     return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
 
 def geometric(values):
-    """Geometric mean, and the factor that is one standard deviation of the logarithm."""
+    """Returns the geometric mean, and the standard deviation of the logarithm as a factor."""
     return np.exp(np.log(values).mean(0)), np.exp(np.log(values).std(0))
 
 
 def main():
-    """Runs, prints, writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output-dir", type=Path, required=True, help="for the table and the figure")
-    parser.add_argument("--seeds", type=int, default=5, help="random kernels for each α (default: 5)")
-    parser.add_argument("--force", action="store_true", help="overwrite what is in the output directory")
-    options = parser.parse_args()
-    if options.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    files = [options.output_dir / f"alpha_sweep.{suffix}" for suffix in ("csv", "png")]
-    if any(path.exists() for path in files) and not options.force:
-        parser.error(f"{files[0]} or {files[1].name} exists; --force overwrites them")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-
+    """Runs the descents, prints the tables and writes the files."""
+    parser = table_parser(__doc__, seeds=5, seeds_help="random kernels for each α")
+    options, csv_file, figure_file = parse_options(parser, "alpha_sweep")
     seeds = range(1, options.seeds + 1)
     reached = {alpha: np.array([reach(alpha, seed) for seed in seeds]) for alpha in ALPHAS}
     passed = {alpha: np.array([energies(alpha, seed) for seed in seeds]) for alpha in ALPHAS}
 
-    sigmas = Table(title=f"σ reached: 3×3×3×6, 20×20, {options.seeds} seeds")
+    sigmas = Table(title=f"Singular values reached: 3×3×3×6, 20×20, {options.seeds} seeds")
     for name in ("α", "√α", "σmax", "mean σ", "σmin", "steps"):
         sigmas.add_column(name, justify="right")
-    signals = Table(title=f"energy of a signal behind ReLU layers, {options.seeds} seeds")
-    for name in ("α", "after 1", f"after {DEPTH}", "a layer"):
+    signals = Table(title=f"Energy of a signal after ReLU layers, {options.seeds} seeds")
+    for name in ("α", "after 1", f"after {DEPTH}", "per layer"):
         signals.add_column(name, justify="right")
     for alpha in ALPHAS:
         high, mean, low, steps = reached[alpha].T
@@ -92,7 +80,7 @@ def main():
             "{:.3g} ×÷ {:.1f}".format(*geometric(share[:, -1])),
             text(share[:, -1] ** (1 / DEPTH)),
         )
-    with files[0].open("w", newline="", encoding="utf-8") as file:
+    with csv_file.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["alpha", "seed", "sigma_max", "sigma_mean", "sigma_min", "steps"])
         for alpha, rows in reached.items():
@@ -116,11 +104,11 @@ def main():
         mean, factor = geometric(passed[alpha])
         bars = [mean - mean / factor, mean * factor - mean]
         right.errorbar(range(DEPTH + 1), mean, bars, capsize=2, label=f"α = {alpha:g}")
-    right.set(yscale="log", xlabel="ReLU layers", ylabel="energy, as a share of the input's")
+    right.set(yscale="log", xlabel="ReLU layers", ylabel="energy divided by the input's energy")
     right.legend()
-    figure.savefig(files[1], dpi=110)
+    figure.savefig(figure_file, dpi=110)
     console = Console(width=110)
-    console.print(sigmas, signals, f"Wrote {files[0]} and {files[1]}")
+    console.print(sigmas, signals, f"Wrote {csv_file} and {figure_file}")
 
 
 if __name__ == "__main__":

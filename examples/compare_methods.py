@@ -1,31 +1,29 @@
-"""The paper's open question: how many iterations, and how much time, each method takes to bring σ near 1.
+"""Compares how many iterations, and how much time, each method needs to move σ close to 1.
 
-From random kernels, until max(|σmax − 1|, |σmin − 1|) of the true matrix M is at most 0.1, 0.05 and 0.01:
+    python examples/compare_methods.py --output-dir OUT   (40 minutes on two cores; with --quick one minute)
 
-    frobenius     K ← K − λG on ‖MᵀM − I‖²_F, Algorithm 3.1
-    2-norm        the same on ‖MᵀM − I‖₂ with two power steps an iteration, reference [7] of the paper
-    reshaped      the same on ‖WᵀW − I‖²_F, W the h × (gkk) matrix, references [1, 3, 11, 17]
-    clip [0, 1]   projection of the border-free operator, reference [12]; an iteration is one projection
-    clip [1, 1]   the same, with the bound from below that [12] does not have
+The script prints one table per group of kernels and writes compare_methods.csv and compare_methods.png. It
+starts from random kernels. A method reaches a target if max(|σmax − 1|, |σmin − 1|) of the true matrix M is
+at most 0.1, 0.05 or 0.01. The methods:
+
+    frobenius     K ← K − λG on ‖MᵀM − I‖²_F: Algorithm 3.1 of the paper
+    2-norm        the same on ‖MᵀM − I‖₂, with two power steps per iteration: Guo and Ye, 2019
+    reshaped      the same on ‖WᵀW − I‖²_F, W the kernel as an h × (gkk) matrix
+    clip [0, 1]   the projection of the border-free operator, repeated: Sedghi, Gupta and Long, 2019
+    clip [1, 1]   the same with a lower bound, which Sedghi, Gupta and Long do not have
     steepest      regularize_kernel(direction="gradient"): exact steps along −G, nothing to tune
     conjugate     regularize_kernel(): exact steps along conjugate directions, nothing to tune
     l-bfgs        SciPy's L-BFGS-B on ‖MᵀM − I‖²_F, nothing to tune
 
-The first three take the paper's steps: λ/100 ten times, λ/10 ten times, then λ (the paper's λ is 1e-3), each
-with the λ of the grid that gets farthest, and there first, on this kernel. Where M has more columns than rows
-the 2-norm leaves out the σ that are 0 for every kernel: with them it could not fall below 1.
-
-    python examples/compare_methods.py --output-dir OUT
-
-takes about 40 minutes on two cores (with --quick: one), prints the tables and writes compare_methods.csv and
-compare_methods.png. Times leave out tracing and the looks at σ.
+The first three use the paper's schedule: λ/100 for ten steps, λ/10 for ten steps, then λ. The paper's λ is
+1e-3. Here each kernel gets the best λ of a grid: the one that reaches the most targets in the fewest steps.
+If M has more columns than rows, some σ are 0 for every kernel. The 2-norm ignores them, because with them it
+could not fall below 1. Times exclude tracing and the measurements of σ.
 """
 
-import argparse
 import csv
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import scipy.optimize
@@ -34,6 +32,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from table_and_figure import parse_options, table_parser
 
 import tf_frobreg
 from tf_frobreg import SpectralRegularizer, clip_singular_values, extreme_singular_values, penalty_excess
@@ -42,11 +41,11 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 TARGETS = (0.1, 0.05, 0.01)
 PAPER = [((3, 3, 3, 1), 20), ((3, 3, 1, 3), 20), ((3, 3, 3, 6), 20), ((3, 3, 6, 3), 20)]
 LARGE = ((3, 3, 16, 16), 32)
-SHOWN = [((3, 3, 3, 6), 20), LARGE]  # in the figure
+SHOWN = [((3, 3, 3, 6), 20), LARGE]  # the kernels of the figure
 
 
 def other_kernels(count=20):
-    """Random shapes beyond the paper's: even and rectangular kernels, more or fewer filters than channels."""
+    """Returns random shapes: even and rectangular kernels, more or fewer filters than channels."""
     random = np.random.RandomState(0)
     return [
         ((*random.randint(1, 6, 2), *random.randint(1, 9, 2)), random.randint(6, 15)) for _ in range(count)
@@ -54,14 +53,14 @@ def other_kernels(count=20):
 
 
 class Progress:
-    """Looks at σ now and then, and at the clock, which stands still meanwhile."""
+    """Measures σ at the steps in `looks`, and the time of a method without these measurements."""
 
     def __init__(self, size, max_steps, looks):
         self.size, self.max_steps, self.looks, self.rows = size, max_steps, looks, []
         self.seconds, self.started = 0.0, time.perf_counter()
 
     def __call__(self, step, kernel, *_):
-        """Takes the kernel after `step` iterations; tells whether there is nothing more to see."""
+        """Records the kernel after `step` iterations. Returns whether the method should stop."""
         self.seconds += time.perf_counter() - self.started
         done = step >= self.max_steps
         if step in self.looks or done:
@@ -78,12 +77,12 @@ class Progress:
 
 
 def ramp(step, rate):
-    """The paper's schedule, for any λ in place of its 1e-3."""
+    """Returns λ of the paper's schedule at a step, with `rate` in place of 1e-3."""
     return rate * (0.01 if step < 10 else 0.1 if step < 20 else 1.0)
 
 
 def descend(penalty, progress, kernel, rate):
-    """K ← K − λ·½∂P/∂K on any differentiable penalty P."""
+    """Runs K ← K − λ·½∂P/∂K on any differentiable penalty P."""
 
     @tf.function(autograph=False)
     def step(kernel, rate):
@@ -100,22 +99,22 @@ def descend(penalty, progress, kernel, rate):
 
 
 def frobenius(progress, kernel, rate):
-    """Algorithm 3.1."""
+    """Runs Algorithm 3.1."""
     descend(lambda k: penalty_excess(k, progress.size), progress, kernel, rate)
 
 
 def spectral(progress, kernel, rate):
-    """The 2-norm, whose power steps go on from iteration to iteration."""
+    """Descends on the 2-norm. Its power iteration continues from one iteration to the next."""
     descend(SpectralRegularizer(progress.size, factor=1.0, gram="smaller"), progress, kernel, rate)
 
 
 def reshaped(progress, kernel, rate):
-    """The kernel as a plain matrix."""
+    """Descends on the penalty of the reshaped kernel."""
     descend(tf_frobreg.reshaped_penalty, progress, kernel, rate)
 
 
 def clip(progress, kernel, low):
-    """Repeated projections."""
+    """Repeats the projection."""
     project = tf.function(
         lambda k: clip_singular_values(k, progress.size, low=low, high=1.0), autograph=False
     )
@@ -126,18 +125,18 @@ def clip(progress, kernel, low):
 
 
 def exact(progress, kernel, direction):
-    """Algorithm 3.1 with exact steps."""
+    """Runs Algorithm 3.1 with exact steps."""
     run = partial(tf_frobreg.regularize_kernel, kernel, progress.size, direction=direction, tolerance=0.0)
     run(max_steps=1)
     progress.started = time.perf_counter()
     result = run(max_steps=progress.max_steps, callback=progress)
-    if progress.rows[-1][0] < result.num_steps:  # it stalled between two looks
+    if progress.rows[-1][0] < result.num_steps:  # it stalled between two measurements
         progress.looks = {result.num_steps}
         progress(result.num_steps, result.kernel)
 
 
 def lbfgs(progress, kernel):
-    """SciPy's L-BFGS-B on the same penalty and gradient."""
+    """Runs SciPy's L-BFGS-B on the Frobenius penalty and its gradient."""
     shape = kernel.shape
 
     @tf.function(autograph=False)
@@ -180,18 +179,18 @@ METHODS = {
 
 
 def reached(rows):
-    """(iteration, seconds) at which each target was first seen, None where it was not."""
+    """Returns (iteration, seconds) at which each target was first reached, or None."""
     return [next(((row[0], row[1]) for row in rows if row[4] <= target), None) for target in TARGETS]
 
 
 def rank(rows):
-    """What makes one λ better than another: more targets, then fewer iterations, then the distance left."""
+    """Returns the key by which the best λ is chosen: most targets, fewest iterations, smallest distance."""
     found = [at[0] for at in reached(rows) if at]
     return (-len(found), found[-1] if found else 0, rows[-1][4])
 
 
 def run(shape, size, seed, max_steps, looks):
-    """The progress of each method from one random kernel: {method: (λ, rows)}."""
+    """Runs every method from one random kernel. Returns {method: (best λ, rows)}."""
     kernel = tf.constant(np.random.RandomState(seed).randn(*shape))
     found = {}
     for method, variants in METHODS.items():
@@ -207,7 +206,7 @@ def run(shape, size, seed, max_steps, looks):
 
 
 def look_steps(max_steps, ratio):
-    """0, 1, 2, … thinning out so that each is at most `ratio` beyond the one before."""
+    """Returns the steps 0, 1, 2, … at which σ is measured, each at most `ratio` times the one before."""
     steps = [0]
     while steps[-1] < max_steps:
         steps.append(max(steps[-1] + 1, int(steps[-1] * ratio)))
@@ -215,14 +214,14 @@ def look_steps(max_steps, ratio):
 
 
 def table(title, results):
-    """One row per method: medians over the kernels where the target was reached, and their range."""
+    """Returns a table of one row per method: medians and ranges over the kernels that reached a target."""
     found = Table(title=title)
     found.add_column("method")
     for name in (
         "best λ",
         *(f"≤ {t}: iterations" for t in TARGETS),
         "ms to ≤ 0.05",
-        "ms each",
+        "ms per iteration",
         "σmax",
         "σmin",
     ):
@@ -249,7 +248,7 @@ def table(title, results):
 
 
 def spread(values, count):
-    """Median (lowest–highest), and in how many of the runs."""
+    """Returns median (lowest–highest), and how many of the runs these are if not all."""
     if not values:
         return "not reached"
     text = f"{np.median(values):.0f}"
@@ -259,7 +258,7 @@ def spread(values, count):
 
 
 def draw(results):
-    """Progress against iterations and against time; one line per seed."""
+    """Draws the distance to 1 against iterations and against time, one line per method and seed."""
     figure = Figure(figsize=(11, 4 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 2, squeeze=False)
     for (title, runs), pair in zip(results.items(), panels, strict=True):
@@ -280,22 +279,10 @@ def draw(results):
 
 
 def main():
-    """Runs, prints, writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output-dir", type=Path, required=True, help="for the table and the figure")
-    parser.add_argument("--seeds", type=int, default=3, help="random kernels of each shape (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="a few kernels and few steps, to see it work")
-    parser.add_argument("--force", action="store_true", help="overwrite what is in the output directory")
-    options = parser.parse_args()
-    if options.seeds < 1:
-        parser.error("--seeds must be at least 1")
-    files = [options.output_dir / f"compare_methods.{suffix}" for suffix in ("csv", "png")]
-    if any(path.exists() for path in files) and not options.force:
-        parser.error(f"{files[0]} or {files[1].name} exists; --force overwrites them")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-
+    """Runs the methods, prints the tables and writes the files."""
+    parser = table_parser(__doc__, seeds=3, seeds_help="random kernels of each shape")
+    parser.add_argument("--quick", action="store_true", help="few kernels and few steps, as a check")
+    options, csv_file, figure_file = parse_options(parser, "compare_methods")
     seeds = range(1, 1 + (1 if options.quick else options.seeds))
     steps = 60 if options.quick else 2000
     fine, coarse = look_steps(steps, 1.1), look_steps(steps // 8, 2.0)
@@ -309,7 +296,7 @@ def main():
     for group, shape, size, *rest in track(jobs, console=Console(stderr=True)):
         results.setdefault(group, []).append((shape, size, rest[0], run(shape, size, *rest)))
 
-    with files[0].open("w", newline="", encoding="utf-8") as file:
+    with csv_file.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         numbers = ("iteration", "seconds", "sigma_max", "sigma_min", "distance")
         writer.writerow(["group", "kernel", "image", "seed", "method", "best_rate", *numbers])
@@ -324,11 +311,11 @@ def main():
         ]
         for shape, size in SHOWN
     }
-    draw({title: runs for title, runs in shown.items() if runs}).savefig(files[1], dpi=110)
+    draw({title: runs for title, runs in shown.items() if runs}).savefig(figure_file, dpi=110)
     console = Console(width=150)
     for group, runs in results.items():
         console.print(table(f"{group}: {len(runs)} runs", [found for *_, found in runs]))
-    console.print(f"Wrote {files[0]} and {files[1]}")
+    console.print(f"Wrote {csv_file} and {figure_file}")
 
 
 if __name__ == "__main__":

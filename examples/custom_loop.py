@@ -1,9 +1,9 @@
-"""A training loop of one's own: the penalties are in `model.losses`, and are added to the loss by hand.
+"""Uses the penalties in a custom training loop, which adds `model.losses` to the loss.
 
-    python examples/custom_loop.py
+    python examples/custom_loop.py      (a few seconds)
 
-It trains a small network on scikit-learn's digits where that is installed, on noise otherwise, and prints
-loss and penalty of each epoch, and σmax of each layer at first and at last.
+The script trains a small network on scikit-learn's digits if scikit-learn is installed, otherwise on noise.
+It prints loss and penalty after each epoch, and σmax of each layer before and after training.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tf_frobreg import attach_regularizers, model_spectrum
 
 
 def load_data():
-    """8×8 images of digits, and their labels."""
+    """Returns 8×8 images of digits and their labels."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -30,12 +30,12 @@ def load_data():
 
 
 def main():
-    """Trains and prints."""
+    """Trains the network and prints the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--factor", type=float, default=0.1, help="of the penalties (default: 0.1)")
+    parser.add_argument("--epochs", type=int, default=5, help="number of epochs (default: 5)")
+    parser.add_argument("--factor", type=float, default=0.1, help="weight of the penalties (default: 0.1)")
     options = parser.parse_args()
     keras.utils.set_random_seed(1)
     x, y = load_data()

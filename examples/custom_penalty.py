@@ -1,11 +1,13 @@
-"""A penalty of one's own on the explicit transformation matrix, differentiated by GradientTape.
+"""Defines a custom penalty on the explicit transformation matrix M and differentiates it by GradientTape.
 
-The paper's penalty draws every singular value to 1, from above and from below. A layer that only has to be
-1-Lipschitz may keep its small ones: here just the singular values above 1 are penalised,
+The paper's penalty moves every singular value to 1, from above and from below. A layer that only has to be
+1-Lipschitz may keep its small singular values. The penalty of this script acts only on those above 1:
 
-    P(K) = Σ max(σ² − 1, 0)²,   σ² the eigenvalues of MᵀM,
+    P(K) = Σ max(σ² − 1, 0)²,   σ² the eigenvalues of MᵀM.
 
-and plain gradient descent shows what becomes of σmax and σmin under either penalty. Takes a few seconds.
+    python examples/custom_penalty.py      (a few seconds)
+
+The script runs plain gradient descent with either penalty and prints σmax and σmin of the results.
 """
 
 import argparse
@@ -17,14 +19,14 @@ from tf_frobreg import frobenius_penalty, singular_values, transformation_matrix
 
 
 def lipschitz_penalty(kernel, input_size):
-    """Σ max(σ² − 1, 0)² over the singular values σ of M."""
+    """Returns Σ max(σ² − 1, 0)² over the singular values σ of M."""
     matrix = tf.sparse.to_dense(transformation_matrix(kernel, input_size))
     eigenvalues = tf.linalg.eigvalsh(tf.matmul(matrix, matrix, transpose_a=True))
     return tf.reduce_sum(tf.nn.relu(eigenvalues - 1.0) ** 2)
 
 
 def descend(penalty, kernel, input_size, steps, learning_rate):
-    """Gradient descent with normalised steps that shrink as 1/√step."""
+    """Runs gradient descent with normalised steps that shrink as 1/√step."""
     kernel = tf.Variable(kernel)
     for step in range(steps):
         with tf.GradientTape() as tape:
@@ -42,8 +44,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input-size", type=int, default=8, help="of the image (default: 8)")
-    parser.add_argument("--steps", type=int, default=400, help="of the descent (default: 400)")
+    parser.add_argument(
+        "--input-size", type=int, default=8, help="height and width of the image (default: 8)"
+    )
+    parser.add_argument("--steps", type=int, default=400, help="steps of the descent (default: 400)")
     options = parser.parse_args()
 
     start = np.random.RandomState(1).randn(3, 3, 2, 4) / 3

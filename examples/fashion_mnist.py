@@ -1,4 +1,7 @@
-"""Fashion-MNIST, from a directory of its four .gz files or from `keras.datasets`, which downloads it."""
+"""Loads Fashion-MNIST from a directory with its four .gz files, or through `keras.datasets`.
+
+`keras.datasets` downloads the data at the first use.
+"""
 
 import gzip
 from pathlib import Path
@@ -6,11 +9,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist installs it
 
 
 def read_idx(path):
-    """An array from a gzipped file in the IDX format of MNIST."""
+    """Returns the array in a gzipped file of MNIST's IDX format."""
     with gzip.open(path) as file:
         content = file.read()
     dimensions = content[3]
@@ -19,20 +22,23 @@ def read_idx(path):
 
 
 def load_data(directory=None):
-    """((images, labels) to train with, (images, labels) to test with), of bytes, 28×28.
+    """Returns ((images, labels) for training, (images, labels) for testing).
+
+    The images are bytes, 28×28. Without `directory`, Debian's package is used if it is installed, and
+    `keras.datasets` otherwise.
 
     Raises:
-        FileNotFoundError: Where they are not there; the message tells where to get them.
+        FileNotFoundError: If the data cannot be found. The message says where to get them.
     """
     if directory is None and DEBIAN.is_dir():
         directory = DEBIAN
     if directory is None:
         try:
             return keras.datasets.fashion_mnist.load_data()
-        except Exception as error:  # Keras raises a bare Exception where it cannot download
+        except Exception as error:  # Keras raises a bare Exception if the download fails
             raise FileNotFoundError(
                 f"Fashion-MNIST cannot be downloaded ({error}). Install Debian's package "
-                "dataset-fashion-mnist, or name the directory of its .gz files (--data-dir)."
+                "dataset-fashion-mnist, or give the directory with its .gz files (--data-dir)."
             ) from error
     try:
         return tuple(

@@ -1,4 +1,7 @@
-"""Experiments of many runs, several at a time: a row of a CSV file each; what is there is not run again."""
+"""Runs the trainings of a study, several at a time, and keeps the results in a CSV file.
+
+Each run is one row of the file. A run that has a row already is not repeated.
+"""
 
 import argparse
 import csv
@@ -17,22 +20,29 @@ SEEDS = 5
 
 
 def study_parser(description: str) -> argparse.ArgumentParser:
-    """The options that all studies have."""
+    """Returns a parser with the options that all studies have."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", type=Path, required=True, help="for the runs' .csv and the figures")
-    parser.add_argument("--data-dir", help="directory of Fashion-MNIST's .gz files; else keras.datasets")
-    parser.add_argument("--seeds", type=int, help=f"runs of each kind (default: {SEEDS}; with --quick 1)")
     parser.add_argument(
-        "--processes", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)"
+        "--output-dir", type=Path, required=True, help="directory for the runs (.csv) and the figures"
     )
-    parser.add_argument("--quick", action="store_true", help="a few short runs, to see it work")
+    parser.add_argument(
+        "--data-dir", help="directory with the .gz files of Fashion-MNIST (default: keras.datasets)"
+    )
+    parser.add_argument("--seeds", type=int, help=f"runs per setting (default: {SEEDS}; 1 with --quick)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="runs at the same time (default: one per core)"
+    )
+    parser.add_argument("--quick", action="store_true", help="only a few short runs, as a check")
     return parser
 
 
 def study_files(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
-    """(the file of the runs, that of the figure); checks the options and makes the directory."""
+    """Returns the paths of the runs' .csv file and of the figure.
+
+    Checks the options and creates the directory.
+    """
     usual = 1 if options.quick else SEEDS
     options.seeds = usual if options.seeds is None else options.seeds
     for number in ("seeds", "processes"):
@@ -42,11 +52,11 @@ def study_files(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(
-            f"--output-dir must be a directory or one that can be made ({error.strerror}). "
+            f"--output-dir must be a directory, or a path where one can be created ({error.strerror}). "
             f"Received: {options.output_dir}"
         ) from error
     stem = f"{name}_quick" if options.quick else name
-    # The runs of all numbers of seeds share a file; a figure of fewer does not replace one of more.
+    # All numbers of seeds share one file of runs. A figure of fewer seeds must not replace one of more.
     of_seeds = "" if options.seeds == usual else f"_{options.seeds}_seeds"
     return options.output_dir / f"{stem}.csv", options.output_dir / f"{stem}{of_seeds}.png"
 
@@ -54,23 +64,23 @@ def study_files(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
 def run_all(
     function: Callable, jobs: list[dict], path: Path, options: argparse.Namespace
 ) -> list[dict[str, str]]:
-    """Runs `function(data_dir, **job)` for each job that has no row in the file, and returns the rows of all.
+    """Runs `function(data_dir, **job)` for each job without a row in the file. Returns the rows of all jobs.
 
-    A row holds the job and what the function returned, a dict, as text. The file is whole at any time: a
-    study that was stopped goes on where it was.
+    A row holds the job and the dict that the function returned, as text. The file is complete after every
+    run, so a study that was stopped continues with the next run.
     """
     rows = _read(path, jobs[0] if jobs else {})
     todo = [job for job in jobs if _row_of(job, rows) is None]
     if not todo:
         return [_row_of(job, rows) for job in jobs]
     try:
-        load_data(options.data_dir)  # before many processes do: it may have to be downloaded
+        load_data(options.data_dir)  # once, before the processes do: this may download the data
     except FileNotFoundError as error:
         raise SystemExit(str(error)) from error
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(path.stem, total=len(jobs), completed=len(jobs) - len(todo))
-        # Each run on a core of its own takes less time than one run on all of them; new processes now and
-        # then, as Keras leaves a little of each model behind.
+        # One run per core takes less time than one run on all cores. Processes are replaced after 20 runs
+        # because Keras keeps a little memory of each model.
         context = multiprocessing.get_context("spawn")
         with context.Pool(options.processes, _on_one_core, maxtasksperchild=20) as pool:
             tasks = [(function, options.data_dir, job) for job in todo]
@@ -81,19 +91,19 @@ def run_all(
                     progress.advance(task)
             except KeyboardInterrupt:
                 if rows:
-                    _write(path, rows)  # which it may have come in the midst of
-                message = f"Stopped. {path} has {len(rows)} runs; the same command goes on from there."
+                    _write(path, rows)  # the interrupt may have stopped the last write halfway
+                message = f"Stopped. {path} has {len(rows)} runs. The same command continues from there."
                 raise SystemExit(message) from None
     return [_row_of(job, rows) for job in jobs]
 
 
 def values(rows: list[dict[str, str]], column: str, **wanted) -> np.ndarray:
-    """A column of the rows of one kind."""
+    """Returns a column as numbers, of the rows that have the `wanted` values."""
     return np.array([float(row[column]) for row in rows if _texts(wanted).items() <= row.items()])
 
 
 def in_points(differences: np.ndarray) -> str:
-    """Mean ± standard deviation of differences of shares between runs of the same seeds, in points."""
+    """Returns mean ± standard deviation of differences between shares, in percentage points."""
     return f"{100 * differences.mean():+.2f} ± {100 * differences.std():.2f}"
 
 
@@ -103,7 +113,7 @@ def _call(task):
 
 
 def _on_one_core():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has the results
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must reach only the process that holds the results
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
@@ -139,7 +149,9 @@ def _read(path, job):
 
 
 def _unfit(path, problem):
-    return SystemExit(f"{path} does not hold the runs of this study: {problem}. Mend it or move it away.")
+    return SystemExit(
+        f"{path} does not hold the runs of this study: {problem}. Repair the file or move it away."
+    )
 
 
 def _write(path, rows):

@@ -1,22 +1,26 @@
-"""Unstable gradients: plain deep networks on Fashion-MNIST, by start and penalty.
-
-Convolutions 3×3 of 16 filters, one after the other, without skip connections, the first three with strides 2
-(28×28 to 4×4), then a Dense layer: how large is the gradient in each kernel, and does the network train?
-10,000 images, 4 epochs, batches of 100, Adam with cosine decay. Starts are Glorot, He, orthogonal (of the
-reshaped kernel, with gain √α), delta-orthogonal (`FrobeniusInitializer` without noise: an isometry, but for
-the strides), and the usual one (He with ReLU, Glorot with tanh), as it is or followed by Algorithm 3.1 to α
-on every kernel; α is 2 with ReLU and 1 with tanh. For comparison, the usual start with batch normalisation.
-
-Learning rate and factor are chosen for each method from four pairs, by the accuracy on 2,000 validation
-images in the worse of two seeds, as a network should train from all: at depth 40 for that and lesser depths,
-at greater depths for each; where no pair left chance with the first seed, that is all. The rate is multiplied
-by 40/depth. Test accuracies are of other seeds. Mind that on 4×4 images a third of the taps read zeros,
-which He's and the orthogonal start do not reckon with: that is what M knows and the kernel does not.
+"""Studies gradients and accuracy of plain deep networks on Fashion-MNIST, for many starts and penalties.
 
     python examples/study_deep.py --output-dir examples/results
 
-goes on where it was stopped, prints the tables and writes study_deep.csv, study_deep.png (accuracy) and
-study_deep_gradients.png. The runs take about five hours on two cores; with --quick a minute.
+The runs take about five hours on two cores; with --quick a minute. A study that was stopped continues. The
+script prints tables and writes study_deep.csv, study_deep.png (accuracy) and study_deep_gradients.png.
+
+The networks are 3×3 convolutions of 16 filters without skip connections, then a Dense layer. The first three
+convolutions have strides 2 and reduce 28×28 images to 4×4. Training uses 10,000 images, 4 epochs, batches of
+100 and Adam with cosine decay. α is 2 with ReLU and 1 with tanh. The starts are:
+
+    Glorot, He         Keras' normal initializers
+    orthogonal         the reshaped kernel is orthogonal, with gain √α
+    delta-orthogonal   `FrobeniusInitializer` without noise: an isometry, except for the strides
+    usual              He with ReLU, Glorot with tanh; with "batch norm." also batch normalisation
+    Algorithm 3.1      the usual start, then Algorithm 3.1 to α on every kernel
+
+Learning rate and factor of each method are chosen from four pairs on 2,000 validation images. The chosen pair
+has the highest accuracy in the worse of two seeds, because a network should train from every seed. A pair of
+depth 40 is used for all depths up to 40; greater depths have their own. The second seed is skipped if no pair
+is above chance with the first. The rate is multiplied by 40/depth. Test accuracies are those of other seeds.
+
+On 4×4 images a third of the taps read zeros. He's start and the orthogonal start ignore this. M includes it.
 """
 
 import itertools
@@ -40,10 +44,10 @@ from tf_frobreg import FrobeniusInitializer, ReshapedRegularizer, attach_regular
 ALPHA = {"relu": 2.0, "tanh": 1.0}
 DEPTHS = {"relu": (10, 20, 40, 80), "tanh": (10, 20, 40, 80)}
 USUAL = {"relu": "he_normal", "tanh": "glorot_normal"}
-RATE_DEPTH = 40  # where a learning rate is what it is called
-CHANCE, TRAINED = 0.15, 0.7  # at most, at least
+RATE_DEPTH = 40  # the depth at which a learning rate is used as given
+CHANCE, TRAINED = 0.15, 0.7  # accuracy: at most this is chance, at least this is trained
 
-# (start, border for Algorithm 3.1 on the start, penalty)
+# method: (start, border for Algorithm 3.1 on the start, penalty)
 METHODS = {
     "none, Glorot": ("glorot_normal", None, None),
     "none, He": ("he_normal", None, None),
@@ -60,7 +64,7 @@ METHODS = {
     "circular, Algorithm 3.1": ("usual", "circular", "circular"),
     "Frobenius, Algorithm 3.1": ("usual", "same", "frobenius"),
 }
-# (learning rate at depth 40, factor): four for each method
+# penalty: four pairs (learning rate at depth 40, factor)
 SETTINGS = {
     None: [(rate, 0.0) for rate in (5e-4, 1e-3, 2e-3, 4e-3)],
     "normalisation": [(rate, 0.0) for rate in (5e-4, 1e-3, 2e-3, 4e-3)],
@@ -72,7 +76,7 @@ SETTINGS = {
 
 
 def initializer(start, activation, size, strides):
-    """The initializer of one layer."""
+    """Returns the initializer of one layer."""
     if start == "orthogonal":
         return keras.initializers.Orthogonal(ALPHA[activation] ** 0.5)
     if start == "delta":
@@ -81,7 +85,7 @@ def initializer(start, activation, size, strides):
 
 
 def build(depth, activation, start, penalty, factor):
-    """The network, with its penalty."""
+    """Returns the network with its penalty."""
     alpha = ALPHA[activation]
     model = keras.Sequential([keras.Input((28, 28, 1))])
     for number, size in zip(range(depth), itertools.chain((28, 14, 7), itertools.repeat(4)), strict=False):
@@ -112,20 +116,20 @@ def build(depth, activation, start, penalty, factor):
 
 
 def gradient_norms(model, x, y):
-    """Norm of the gradient of the loss, without penalties, in each convolution's kernel."""
+    """Returns the norm of the loss's gradient, without penalties, in each convolution's kernel."""
     kernels = [layer.kernel.value for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
     with tf.GradientTape() as tape:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, model(x))
     gradients = tape.gradient(loss, kernels)
-    # float32 would lose the squares of what is below 1e-19
+    # in float32 the square of a value below 1e-19 would underflow
     return " ".join(f"{float(tf.norm(tf.cast(one, tf.float64))):.4g}" for one in gradients)
 
 
 def train(data_dir, activation, depth, method, rate, factor, seed, epochs, images):
-    """One run; seeds up to 0 are for choosing, and measured on validation images."""
+    """Trains one network and measures it. Seeds up to 0 are for choosing settings, on validation images."""
     began = time.perf_counter()
     keras.backend.clear_session()
-    keras.utils.set_random_seed(seed % 2**32)  # which takes none below 0
+    keras.utils.set_random_seed(seed % 2**32)  # Keras accepts no negative seed
     (x, y), test = load_data(data_dir)
     (x, y), measured = (x[:images], y[:images]), (x[-2000:], y[-2000:]) if seed <= 0 else test
     x, x_measured = ((part[..., None] / np.float32(255) - 0.286) / 0.353 for part in (x, measured[0]))
@@ -137,7 +141,7 @@ def train(data_dir, activation, depth, method, rate, factor, seed, epochs, image
         )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     decay = keras.optimizers.schedules.CosineDecay(rate * RATE_DEPTH / depth, epochs * len(x) // 100)
-    # XLA takes twice as long for a step on these small images, and longer to start
+    # on these small images a step takes twice as long with XLA, and tracing takes longer
     model.compile(keras.optimizers.Adam(decay), loss, metrics=["accuracy"], jit_compile=False)
     norms = [gradient_norms(model, x[:500], y[:500])]
     accuracies = []
@@ -156,7 +160,7 @@ def train(data_dir, activation, depth, method, rate, factor, seed, epochs, image
 
 
 def choose(rows, activation, depth, method):
-    """(learning rate, factor) with the best validation accuracy in the worst seed."""
+    """Returns (learning rate, factor) with the highest validation accuracy in the worst seed."""
     kind = {"activation": activation, "depth": depth, "method": method}
     tried = dict.fromkeys(zip(*(values(rows, name, **kind) for name in ("rate", "factor")), strict=True))
     return max(
@@ -166,12 +170,12 @@ def choose(rows, activation, depth, method):
 
 
 def accuracies(rows, activation, depth, method, **wanted):
-    """Those of the runs of that kind."""
+    """Returns the accuracies of the runs of one kind."""
     return values(rows, "accuracy", activation=activation, depth=depth, method=method, **wanted)
 
 
 def tried_table(tried, activation, depth):
-    """All that was tried for the choice at a depth, on validation images."""
+    """Returns a table of all settings tried at one depth, on validation images."""
     found = Table(title=f"{activation}, depth {depth}, validation: rate, factor and accuracy of each seed")
     found.add_column("penalty, start")
     mine = [row for row in tried if (row["activation"], row["depth"]) == (activation, str(depth))]
@@ -188,12 +192,12 @@ def tried_table(tried, activation, depth):
 
 
 def knobs(rate, factor):
-    """Learning rate and factor as text."""
+    """Returns learning rate and factor as text."""
     return f"{rate:g}" + f", {factor:g}" * bool(factor)
 
 
 def table(rows, activation, depths, methods):
-    """Test accuracy by method and depth, in how many runs it trained, and learning rate and factor."""
+    """Returns a table of test accuracy, number of trained runs, rate and factor by method and depth."""
     found = Table(
         title=f"{activation}, α = {ALPHA[activation]:g}: test accuracy, runs that reached 70 %, rate, factor"
     )
@@ -213,7 +217,7 @@ def table(rows, activation, depths, methods):
 
 
 def norms(rows, column, **wanted):
-    """Geometric mean over the seeds of the gradient's norm, by layer."""
+    """Returns the geometric mean over the seeds of the gradient's norm in each layer."""
     logs = [
         np.log(np.maximum(np.array(row[column].split(), dtype=float), 1e-30))
         for row in rows
@@ -223,13 +227,13 @@ def norms(rows, column, **wanted):
 
 
 def color(method):
-    """The colour of its penalty."""
+    """Returns the colour of the method's penalty."""
     colors = {"l2": "C1", "reshaped": "C2", "circular": "C0", "frobenius": "C3", "normalisation": "C4"}
     return colors.get(METHODS[method][2], "0.2")
 
 
 def draw(rows, depths, methods):
-    """The accuracy of every run: a panel for each activation and depth, a line for each method."""
+    """Draws the accuracy of every run: a panel per activation and depth, a line per method."""
     figure = Figure(figsize=(13, 0.5 + (0.6 + 0.21 * len(methods)) * len(depths)), layout="constrained")
     most = max(map(len, depths.values()))
     panels = figure.subplots(len(depths), most, squeeze=False, sharex=True, sharey=True)
@@ -250,16 +254,16 @@ def draw(rows, depths, methods):
             axes.grid(axis="y", color="0.93")
     panels[0, 0].set_yticks(range(len(methods)), methods)
     panels[0, 0].invert_yaxis()
-    figure.supxlabel("test accuracy: a point for each seed, a stroke at the mean", fontsize="medium")
+    figure.supxlabel("test accuracy: one point per seed, a bar at the mean", fontsize="medium")
     return figure
 
 
 def draw_gradients(rows, depths, methods):
-    """Gradients by layer at the greatest depth, a row for each activation; of the first layer by depth."""
+    """Draws the gradients in each layer at the greatest depth, and in the first layer at every depth."""
     figure = Figure(figsize=(15, 0.8 + 3.4 * len(depths)), layout="constrained")
     whens = {
         "gradient_at_start": "at the start",
-        "gradient_after_1": "after an epoch",
+        "gradient_after_1": "after one epoch",
         "gradient_at_end": "at the end",
     }
     panels = figure.subplots(len(depths), len(whens) + 1, squeeze=False, sharey=True)
@@ -286,7 +290,7 @@ def draw_gradients(rows, depths, methods):
 
 
 def line(method):
-    """How its line looks: coloured by penalty, thick where Algorithm 3.1 made the start."""
+    """Returns the style of the method's line. It is thick if the start is Algorithm 3.1."""
     start, border, _ = METHODS[method]
     dashes = {"glorot_normal": ":", "orthogonal": "-.", "delta": (0, (6, 1.5))}
     style = {"linewidth": 2.4} if border else {"linestyle": dashes.get(start, "--")}
@@ -294,12 +298,12 @@ def line(method):
 
 
 def main():
-    """Chooses, runs, prints, draws."""
+    """Chooses the settings, runs the study, prints the tables and draws the figures."""
     options = study_parser(__doc__).parse_args()
     csv_file, figure_file = study_files(options, "study_deep")
     size = {"epochs": 4, "images": 10_000}
     seeds, depths, methods, first = range(1, options.seeds + 1), DEPTHS, list(METHODS), RATE_DEPTH
-    tries, more_seeds = None, (-1,)  # for choosing
+    tries, more_seeds = None, (-1,)  # pairs to try (None: all), seeds beside 0
     if options.quick:
         size, depths, first = {"epochs": 1, "images": 500}, {"relu": (5, 10)}, 10
         tries, more_seeds = 2, ()

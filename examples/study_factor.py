@@ -1,14 +1,20 @@
-"""Factor, α and border: what a small network loses and gains as the penalty presses harder.
-
-The network of study_generalization.py on 5,000 images of Fashion-MNIST, with factors over five decades
-(reduction "mean", on the convolutions): test accuracy, σmax and σmin of the third convolution (3×3, 16
-filters on 16 channels, strides 1), and where the energy ‖K‖² of its kernel sits. Four kinds: zero border with
-α = 1 and α = 2, circular penalty with α = 1 on the same layers, and layers and penalty with border "valid".
+"""Studies how the factor, α and the border of the penalty change a small network.
 
     python examples/study_factor.py --output-dir examples/results
 
-goes on where it was stopped, prints the table and writes study_factor.csv and .png. The runs take about
-half an hour on two cores; with --quick less than a minute.
+The runs take about half an hour on two cores; with --quick less than a minute. A study that was stopped
+continues. The script prints a table and writes study_factor.csv and study_factor.png.
+
+The network of study_generalization.py is trained on 5,000 images of Fashion-MNIST with factors over five
+decades. The penalty is on the convolutions, with reduction "mean". There are four kinds:
+
+    zero border, α = 1   layers and penalty with a zero border
+    zero border, α = 2   the same with α = 2
+    circular, α = 1      the same layers, penalty with border "circular"
+    valid, α = 1         layers and penalty with border "valid"
+
+The table shows the test accuracy, and three values of the third convolution (3×3, 16 filters on 16 channels,
+strides 1): σmax, σmin and the share of the energy ‖K‖² in the centre tap.
 """
 
 import os
@@ -35,11 +41,11 @@ KINDS = {
 }
 RATE = 1e-3
 FACTORS = (0.0, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-LAYER = 2  # of the model: its third convolution
+LAYER = 2  # index of the third convolution in the model
 
 
 def train(data_dir, kind, factor, seed, images, epochs):
-    """One run."""
+    """Trains one network and returns the measured values."""
     began = time.perf_counter()
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
@@ -64,9 +70,11 @@ def train(data_dir, kind, factor, seed, images, epochs):
 
 
 def table(rows, kinds, factors):
-    """Means and standard deviations over the seeds, of σmin median and range."""
-    found = Table(title="Third convolution, 3×3×16×16; mean ± standard deviation or median, least–greatest")
-    names = ("test accuracy", "points more than with 0", "σmax", "σmin", "energy in the centre tap")
+    """Returns a table of means and standard deviations over the seeds. For σmin it shows median and range."""
+    found = Table(
+        title="Third convolution, 3×3×16×16; mean ± standard deviation; σmin: median, least–greatest"
+    )
+    names = ("test accuracy", "difference to factor 0, points", "σmax", "σmin", "energy in the centre tap")
     for name in ("kind", "factor", *names):
         found.add_column(name, justify="left" if name == "kind" else "right", no_wrap=name == "kind")
     for kind in kinds:
@@ -90,7 +98,7 @@ def table(rows, kinds, factors):
 
 
 def draw(rows, kinds, factors):
-    """Accuracy, σ and the centre tap's share against the factor, and the energy by tap of some."""
+    """Draws accuracy, σ and the share of the centre tap against the factor, and the energy of each tap."""
     figure = Figure(figsize=(13, 5.8), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3, 2))
     panels = above.subplots(1, 3)
@@ -98,16 +106,16 @@ def draw(rows, kinds, factors):
     places = [pressed[0] / 10, *pressed]
     titles = {
         "accuracy": "test accuracy",
-        "sigma_max": "σmax (solid), σmin (dashed): median, range",
+        "sigma_max": "σmax (solid), σmin (dashed): median and range",
         "centre": "energy in the centre tap",
     }
     for number, kind in enumerate(kinds):
-        aside = 1.2 ** (number - (len(kinds) - 1) / 2)  # or one kind would hide another
+        aside = 1.2 ** (number - (len(kinds) - 1) / 2)  # so that no kind hides another
         for axes, column in zip(panels, titles, strict=True):
             for one in [column] + ["sigma_min"] * (column == "sigma_max"):
                 cells = np.array([values(rows, one, kind=kind, factor=factor) for factor in factors])
                 middle, spread = cells.mean(1), cells.std(1)
-                if column == "sigma_max":  # σmin is near 0 in some runs, near √α in others
+                if column == "sigma_max":  # in some runs σmin is near 0, in others near √α
                     middle = np.median(cells, 1)
                     spread = [middle - cells.min(1), cells.max(1) - middle]
                 style = {"color": f"C{number}", "linestyle": "--" if one == "sigma_min" else "-"}
@@ -122,7 +130,7 @@ def draw(rows, kinds, factors):
     panels[0].legend(fontsize="small")
     borders = [kind for kind in kinds if kind.endswith("α = 1")]
     shown = [(kind, factor) for kind in borders for factor in (factors[0], factors[-3], factors[-1])]
-    below.suptitle("energy by tap", fontsize="medium")
+    below.suptitle("share of the energy in each tap", fontsize="medium")
     for axes, (kind, factor) in zip(below.subplots(1, len(shown)), shown, strict=True):
         chosen = [row for row in rows if (row["kind"], row["factor"]) == (kind, str(factor))]
         energy = np.mean([np.array(row["taps"].split(), dtype=float) for row in chosen], 0).reshape(3, 3)
@@ -138,7 +146,7 @@ def draw(rows, kinds, factors):
 
 
 def main():
-    """Runs, prints, draws."""
+    """Runs the study, prints the table and draws the figure."""
     options = study_parser(__doc__).parse_args()
     csv_file, figure_file = study_files(options, "study_factor")
     kinds, factors, seeds = list(KINDS), FACTORS, range(1, options.seeds + 1)

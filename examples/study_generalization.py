@@ -1,17 +1,23 @@
-"""Generalization: a small ordinary network on Fashion-MNIST with few images or wrong labels, by penalty.
-
-Four convolutions and a Dense layer, ReLU, Adam, penalties on the convolutions, α = 1. Trained on 1,000,
-5,000 or 55,000 images, and on 5,000 with 30 % of the labels drawn at random: test accuracy, training minus
-test accuracy, and test accuracy under Gaussian noise (standard deviation 0.2 of the range of grey values)
-and under an FGSM attack (0.02 of it). On 5,000 validation images, with seed 0, the learning rate is chosen
-from five without a penalty, and for each penalty the factor from five with that rate; the figures are of
-other seeds. As training more slowly helps against the attack too, the next lower rate without a penalty is
-there for comparison.
+"""Studies how penalties change the generalization of a small network on Fashion-MNIST.
 
     python examples/study_generalization.py --output-dir examples/results
 
-goes on where it was stopped, prints the tables and writes study_generalization.csv and .png. The runs take
-about an hour on two cores; with --quick a minute.
+The runs take about an hour on two cores; with --quick a minute. A study that was stopped continues. The
+script prints tables and writes study_generalization.csv and study_generalization.png.
+
+The network has four convolutions with ReLU and a Dense layer, and is trained with Adam. The penalties are on
+the convolutions, α = 1. There are four tasks: 1,000, 5,000 or 55,000 training images, and 5,000 images with
+30 % of the labels drawn at random. Four values are measured:
+
+    test accuracy
+    training − test   training accuracy minus test accuracy
+    with noise        test accuracy under Gaussian noise, standard deviation 0.2 of the grey range
+    under FGSM        test accuracy under an FGSM attack of 0.02 of the grey range
+
+Settings are chosen on 5,000 validation images with seed 0. First, the learning rate is chosen from five
+without a penalty. Then, with this rate, the factor of each penalty is chosen from five. The results are those
+of other seeds. Slower training also helps against the attack. For comparison, "none, lower rate" has the next
+lower learning rate and no penalty.
 """
 
 import functools
@@ -41,7 +47,7 @@ VALIDATION = 5000
 RATES = (3e-4, 6e-4, 1e-3, 2e-3, 4e-3)
 SLOWER = "none, lower rate"
 DECADES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-# the factors to choose from
+# method: factors to choose from
 METHODS = {
     "none": (),
     SLOWER: (),
@@ -59,7 +65,7 @@ COLUMNS = {
 
 
 def build(padding="same", regularizer=None):
-    """Four convolutions and a Dense layer."""
+    """Returns a network of four convolutions and a Dense layer."""
     model = keras.Sequential([keras.Input((28, 28, 1))])
     for filters, strides in [(8, 1), (16, 2), (16, 1), (32, 2)]:
         own = regularizer and regularizer()
@@ -74,7 +80,7 @@ def build(padding="same", regularizer=None):
 
 
 def penalised(method, factor):
-    """The network with the penalty of that name."""
+    """Returns the network with the penalty `method`."""
     own = {"L2": keras.regularizers.L2, "reshaped": ReshapedRegularizer}.get(method)
     model = build(regularizer=own and functools.partial(own, factor))
     if method in ("circular", "Frobenius"):
@@ -84,7 +90,7 @@ def penalised(method, factor):
 
 
 def training_data(data_dir, images, seed, random_labels=0.0):
-    """((x, y) to train with, (x, y) to measure with), of seed 0 validation images, of others the test set."""
+    """Returns ((x, y) for training, (x, y) for measuring): validation images for seed 0, else test images."""
     (x, y), test = load_data(data_dir)
     random = np.random.RandomState(seed)
     measured = (x[-VALIDATION:], y[-VALIDATION:]) if seed == 0 else test
@@ -94,7 +100,7 @@ def training_data(data_dir, images, seed, random_labels=0.0):
 
 
 def randomised(labels, share, random):
-    """The labels, each drawn anew from all ten with probability `share`."""
+    """Returns the labels, each replaced with probability `share` by one of the ten at random."""
     changed = random.rand(len(labels)) < share
     return np.where(changed, random.randint(10, size=len(labels)), labels)
 
@@ -107,12 +113,12 @@ def fit(model, x, y, rate, epochs, batch):
 
 
 def accuracy(model, x, y):
-    """Share of the labels that are right."""
+    """Returns the share of images that are classified correctly."""
     return float(np.mean(model.predict(x, batch_size=500, verbose=0).argmax(1) == y))
 
 
 def attack(model, x, y, size=0.02):
-    """Images moved by `size` along the sign of the loss's gradient: Goodfellow et al., FGSM."""
+    """Returns the images moved by `size` along the sign of the gradient: FGSM, Goodfellow et al., 2015."""
     moved = []
     for start in range(0, len(x), 500):
         images, labels = tf.constant(x[start : start + 500]), y[start : start + 500]
@@ -124,7 +130,7 @@ def attack(model, x, y, size=0.02):
 
 
 def train(data_dir, task, method, rate, factor, seed, images, random_labels, epochs, batch):
-    """One run; seed 0 is for choosing, and is measured on validation images."""
+    """Trains one network and measures it. Seed 0 is for choosing settings, on validation images."""
     began = time.perf_counter()
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
@@ -133,7 +139,7 @@ def train(data_dir, task, method, rate, factor, seed, images, random_labels, epo
     fit(model, x, y, rate, epochs, batch)
     random = np.random.RandomState(seed)
     noise = random.normal(0, 0.2, x_measured.shape).astype("float32")
-    like_training = randomised(y_measured, random_labels, random)  # else the gap would compare two tasks
+    like_training = randomised(y_measured, random_labels, random)  # otherwise the gap would compare two tasks
     sigma = [row.extremes.sigma_max for row in model_spectrum(model, sigma_min=False)[:-1]]
     return {
         "accuracy": accuracy(model, x_measured, y_measured),
@@ -146,20 +152,20 @@ def train(data_dir, task, method, rate, factor, seed, images, random_labels, epo
 
 
 def best(rows, task, method):
-    """(learning rate, factor) of the highest validation accuracy."""
+    """Returns (learning rate, factor) with the highest validation accuracy."""
     mine = [row for row in rows if (row["task"], row["method"]) == (task, method)]
     row = max(mine, key=lambda row: float(row["accuracy"]))
     return float(row["rate"]), float(row["factor"])
 
 
 def lower(rates, rate):
-    """The next lower of the learning rates, or the lowest."""
+    """Returns the next lower of the learning rates, or the lowest."""
     return rates[max(0, rates.index(rate) - 1)]
 
 
 def tried_table(tried, task):
-    """All that was tried for the choice, on validation images."""
-    found = Table(title=f"{task}, validation: accuracy, under FGSM, by factor (none: by learning rate)")
+    """Returns a table of all settings tried, on validation images."""
+    found = Table(title=f"{task}, validation: accuracy, FGSM accuracy, by factor (none: by rate)")
     rows = {
         method: [row for row in tried if (row["task"], row["method"]) == (task, method)] for method in METHODS
     }
@@ -178,8 +184,8 @@ def tried_table(tried, task):
 
 
 def table(rows, task, chosen):
-    """Means and standard deviations over the seeds, of each accuracy and of its difference from "none"."""
-    found = Table(title=f"{task}: mean ± standard deviation; below, points more than none")
+    """Returns a table of means and standard deviations, of the values and of their differences to "none"."""
+    found = Table(title=f"{task}: mean ± standard deviation; second line: difference to none, points")
     found.add_column("penalty")
     for name in ("rate", "factor", *COLUMNS.values()):
         found.add_column(name, justify="right")
@@ -194,7 +200,7 @@ def table(rows, task, chosen):
 
 
 def draw(rows, tried, chosen):
-    """The four accuracies of each task; below, what accuracy the attack left at which price."""
+    """Draws the four values of each task, and accuracy under attack against accuracy for all settings."""
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     panels, below = figure.subplots(2, len(COLUMNS))
     colors = dict(zip(METHODS, ("0.2", "0.6", "C1", "C2", "C0", "C3"), strict=True))
@@ -208,7 +214,7 @@ def draw(rows, tried, chosen):
                 knob = float(row["rate" if method == "none" else "factor"])
                 place = float(row["accuracy"]), float(row["attacked"])
                 axes.annotate(f"{knob:g}", place, fontsize=7, color=color)
-        axes.set(title=f"{task}:\nall that was tried", xlabel="validation accuracy", ylabel="under FGSM")
+        axes.set(title=f"{task}:\nall settings tried", xlabel="validation accuracy", ylabel="under FGSM")
         axes.locator_params(axis="x", nbins=5)
     for axes in below[len(chosen) :]:
         axes.set_axis_off()
@@ -230,7 +236,7 @@ def draw(rows, tried, chosen):
 
 
 def main():
-    """Chooses, runs, prints, draws."""
+    """Chooses the settings, runs the study, prints the tables and draws the figure."""
     options = study_parser(__doc__).parse_args()
     csv_file, figure_file = study_files(options, "study_generalization")
     tasks, seeds, rates, methods = TASKS, range(1, options.seeds + 1), RATES, METHODS

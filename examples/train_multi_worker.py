@@ -1,11 +1,12 @@
-"""Trains with the penalty on several processes or hosts, through TensorFlow's `MultiWorkerMirroredStrategy`.
+"""Trains with the penalty in several processes or on several hosts, by `MultiWorkerMirroredStrategy`.
 
-    python examples/train_multi_worker.py                # two processes on this machine
-    TF_CONFIG=... python examples/train_multi_worker.py  # one worker of a cluster of your own
+    python examples/train_multi_worker.py                # two processes on this machine, a few seconds
+    TF_CONFIG=... python examples/train_multi_worker.py  # one worker of your cluster
 
-Keras 3's `fit` does not run under this strategy: the step goes through `strategy.run` here. Each replica
-takes its share of the batch and of the penalties, so that the gradients of all replicas add up to those of
-the whole batch and of one penalty. The first worker prints the loss of each step, and may save the model.
+`fit` of Keras 3 does not run under this TensorFlow strategy, so the script calls `strategy.run` for each
+step. Each replica takes its share of the batch and of the penalties. The gradients of all replicas add up
+to the gradient of the whole batch and of one penalty. The first worker prints the loss of each step. With
+`--save` it also saves the model.
 """
 
 import argparse
@@ -21,14 +22,14 @@ BATCH = 32
 
 
 def main():
-    """Trains as a worker, or starts workers on this machine."""
+    """Trains as a worker if TF_CONFIG is set, otherwise starts workers on this machine."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workers", type=int, default=2, help="processes to start here (default: 2)")
-    parser.add_argument("--steps", type=int, default=20, help="(default: 20)")
-    parser.add_argument("--factor", type=float, default=0.01, help="of the penalties (default: 0.01)")
-    parser.add_argument("--save", help=".keras file that the first worker writes; it must not exist")
+    parser.add_argument("--steps", type=int, default=20, help="training steps (default: 20)")
+    parser.add_argument("--factor", type=float, default=0.01, help="weight of the penalties (default: 0.01)")
+    parser.add_argument("--save", help=".keras file for the trained model; it must not exist")
     options = parser.parse_args()
     if options.workers < 1 or options.steps < 1:
         parser.error(
@@ -43,7 +44,7 @@ def main():
 
 
 def start_workers(count):
-    """Runs this script once per worker, each told of all of them; returns the exit status."""
+    """Starts this script once per worker, with the addresses of all workers. Returns the exit status."""
     addresses = [f"127.0.0.1:{port}" for port in free_ports(count)]
     workers = []
     for index in range(count):
@@ -63,7 +64,7 @@ def start_workers(count):
 
 
 def free_ports(count):
-    """Ports that nobody listens to now."""
+    """Returns ports that no process uses at the moment."""
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -74,7 +75,7 @@ def free_ports(count):
 
 
 def build_model(factor):
-    """A small network with the penalty on each convolution."""
+    """Returns a small network with the penalty on each convolution."""
     import keras
 
     from tf_frobreg import attach_regularizers
@@ -95,7 +96,7 @@ def build_model(factor):
 
 
 def train(options):
-    """What each worker does."""
+    """Trains as one worker."""
     import keras
     import numpy as np
     import tensorflow as tf
@@ -119,7 +120,7 @@ def train(options):
             loss = tf.reduce_sum(loss_of(labels, model(images, training=True))) / BATCH
             loss += tf.add_n(model.losses) / strategy.num_replicas_in_sync
         gradients = tape.gradient(loss, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)  # sums over the replicas
+        optimizer.apply(gradients, model.trainable_variables)  # sums the gradients over the replicas
         return loss
 
     @tf.function

@@ -127,7 +127,7 @@ def test_remarks_tell_the_other_images_of_a_shared_layer():
 
 @keras.saving.register_keras_serializable(package="tests")
 class MadeInCode(keras.Model):
-    """A subclassed model, whose layers Keras makes anew from this code; one comes in its configuration."""
+    """Keras re-creates the first layer by this code on loading. The second one is in the configuration."""
 
     name_in_code = "own"
 
@@ -545,7 +545,10 @@ def test_unbuilt_models_are_refused():
         attach_regularizers("model")
 
 
-@pytest.mark.parametrize("name", ["ResNet50", "MobileNetV2", "EfficientNetB0", "DenseNet121"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ResNet50", "EfficientNetB0", "DenseNet121")]
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", *SLOW])
 def test_real_architectures(name, tmp_path):
     """Attached, trained for a step, saved, loaded; every convolution and Dense layer is counted."""
     keras.utils.set_random_seed(1)

@@ -1,10 +1,12 @@
 """Algorithm 3.1 on whole models, from Python and from the shell."""
 
 import csv
+import re
 
 import keras
 import numpy as np
 import pytest
+from ids import stable_id
 
 from tf_frobreg import model_spectrum, regularize_kernel, regularize_model
 from tf_frobreg.cli import main
@@ -37,6 +39,49 @@ def test_every_kernel_is_regularized_in_place():
         assert abs(row.extremes.sigma_max - 2**0.5) <= 0.0101
         assert abs(row.extremes.sigma_min - 2**0.5) <= 0.0101
     assert "conv     R " in str(descent)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": 1e-4, "direction": "conjugate"},
+        {"learning_rate": "paper"},
+        {"gradient_tolerance": 1e3},
+        {"measure": "often"},
+        {"gradient": "tape"},
+        {"method": "tape"},
+        {"method": "sparse"},
+    ],
+    ids=stable_id,
+)
+def test_options_reach_the_descent_of_each_kernel(options):
+    model = small_model()
+    kernel = np.asarray(model.get_layer("conv").kernel)
+    common = {"max_steps": 3, "tolerance": 0.001, **options}
+    expected = regularize_kernel(kernel, (9, 8), **common)
+    found = regularize_model(model, include="conv", **common).results["conv"]
+    for column, values in expected.history.items():
+        np.testing.assert_array_equal(found.history[column], values)
+    np.testing.assert_array_equal(model.get_layer("conv").kernel, expected.kernel)
+    assert found.reason is expected.reason
+
+
+def test_a_report_has_aligned_lines():
+    descent = regularize_model(small_model(), exclude="strided", max_steps=1, tolerance=0.0, measure="often")
+    conv, top, strided = str(descent).splitlines()
+    numbers = r"R \S+ → \S+, σ \S+ … \S+, 1 step, not converged: out of steps"
+    assert re.fullmatch(f"conv     {numbers}", conv)
+    assert re.fullmatch(f"top      {numbers}", top)
+    assert strided == "strided  - excluded"
+
+
+def test_a_callback_that_does_not_stop_sees_every_kernel():
+    seen = []
+    descent = regularize_model(
+        small_model(), max_steps=1, tolerance=0.0, callback=lambda name, step, *_: seen.append((name, step))
+    )
+    assert seen == [(name, step) for name in ("conv", "strided", "top") for step in (0, 1)]
+    assert list(descent.results) == ["conv", "strided", "top"]
 
 
 def test_selection_padding_and_callback():
