@@ -15,6 +15,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", ["normal", "uniform"])
 def test_reproduce(distribution, tmp_path, run):
     status, printed = run("reproduce", "--distribution", distribution, "--output-dir", tmp_path)

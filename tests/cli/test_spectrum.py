@@ -110,6 +110,7 @@ def test_zero_and_unknown_values_in_the_table_and_in_files(directory, tmp_path, 
     assert "nan" not in printed.out.lower()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_told_from_0_is_a_bound(tmp_path, run):
     np.save(tmp_path / "square.npy", normal(3, 3, 8, 8))
     status, printed = run("spectrum", tmp_path / "square.npy", "--input-size", 32)

@@ -11,6 +11,7 @@ import pytest
 from tf_frobreg.cli.terminal import progress_display, show, stop_request, terminal_width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stdout", ["/dev/full", "closed pipe", "ascii"])
 def test_trouble_with_standard_output_does_not_cost_the_result(stdout, kernel, tmp_path):
     output = tmp_path / "new.npy"

@@ -52,6 +52,7 @@ def test_the_papers_steps_reproduce_figure_4_1(shape):
     assert result.penalty == pytest.approx(floor, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_papers_steps_belong_to_half_the_gradient():
     def sigma(scale, steps):
         result = regularize_kernel(

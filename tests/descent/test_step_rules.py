@@ -191,6 +191,7 @@ def test_exact_steps_never_raise_the_penalty(case, direction, dtype):
     assert result.num_steps >= 1
 
 
+@pytest.mark.slow
 @given(cases(), st.integers(0, 2**31), st.sampled_from([1e-12, 1e-3, 1.0, 1e6]))
 @settings(max_examples=30, deadline=None)
 def test_exact_steps_neither_fail_nor_diverge(case, seed, scale):
@@ -233,6 +234,7 @@ def test_the_zero_kernel_is_a_stationary_point_and_no_success():
     assert not result.converged
 
 
+@pytest.mark.slow
 def test_steepest_descent_takes_the_same_path_as_a_line_search():
     kernel = normal(3, 3, 1, 2)
     result = regularize_kernel(kernel, 5, direction="gradient", max_steps=3, tolerance=0.0)

@@ -359,6 +359,7 @@ print("found", *one, *two)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.__version__.startswith("3.0."), reason="Keras 3.0 itself has other losses on two devices: 1e-4 off"
 )

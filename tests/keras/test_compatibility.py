@@ -174,6 +174,7 @@ IMPORTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", IMPORTS.values(), ids=IMPORTS)
 def test_a_saved_model_loads_in_any_order_of_imports(imports, tmp_path):
     path = tmp_path / "model.keras"

@@ -63,6 +63,7 @@ def test_initializer_draws_a_seed_that_keras_controls():
     assert np.abs(kernels[0] - FrobeniusInitializer(8)((3, 3, 2, 2))).max() > 0.1
 
 
+@pytest.mark.slow
 def test_initializer_of_a_large_square_kernel_avoids_local_minima():
     kernel = np.asarray(FrobeniusInitializer(32, seed=1)((3, 3, 64, 64)))
     found = extreme_singular_values(kernel, 32)

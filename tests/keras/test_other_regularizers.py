@@ -21,6 +21,7 @@ from tf_frobreg import (
 )
 
 
+@pytest.mark.slow
 def test_spectral_regularizer_follows_the_kernel_with_two_steps_at_a_time():
     kernel = tf.Variable(normal(3, 3, 2, 3))
     regularizer = SpectralRegularizer(6, factor=0.5, alpha=2.0)
@@ -40,6 +41,7 @@ def test_spectral_regularizer_follows_the_kernel_with_two_steps_at_a_time():
     assert regularizer(kernel).numpy() == pytest.approx(0.5 * (1.01**2 * sigma[0] ** 2 - 2.0), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_kernels_that_are_gone_leave_nothing_to_others():
     regularizer = SpectralRegularizer(5)
     for number in range(60):
@@ -55,6 +57,7 @@ def test_kernels_that_are_gone_leave_nothing_to_others():
 MODES = [{}, {"jit_compile": True}, {"run_eagerly": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=stable_id)
 def test_one_spectral_regularizer_serves_two_layers_in_training(mode):
     model = small_model(kernel_regularizer=SpectralRegularizer(8, factor=0.1))
@@ -109,6 +112,7 @@ def test_a_nan_does_not_stay_in_the_power_steps():
     assert np.isfinite(regularizer(good).numpy())
 
 
+@pytest.mark.slow
 def test_spectral_regularizer_on_two_devices():
     script = """
 import tensorflow as tf

@@ -144,6 +144,7 @@ def test_bad_arguments():
         regularize_model(small_model(), include="x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".keras", ".h5"])
 def test_from_the_shell(ending, tmp_path, capfd):
     model = small_model()

@@ -96,6 +96,7 @@ def test_training_draws_the_singular_values_to_one(method, options):
     assert abs(after.mean() - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_saved_model_has_the_same_loss_in_a_new_process(tmp_path):
     model = small_model(alpha=1.5, padding="same", reduction="mean")
     x, y = data()

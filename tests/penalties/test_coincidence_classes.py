@@ -40,6 +40,7 @@ def test_a_3_tap_same_axis_has_seven_classes():
     assert len(coincidences(Axis(3, 3, 1, 1, "same"), "input").counts) == 7
 
 
+@pytest.mark.slow
 def test_long_kernels_are_refused_before_they_fill_the_memory():
     assert np.isfinite(frobenius_penalty(np.ones((40, 1, 2)), 16000, strides=4, padding="valid"))
     with pytest.raises(ValueError, match=r"an axis of 320 taps has [\d,]+ coincidence classes.*bytes"):

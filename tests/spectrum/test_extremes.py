@@ -121,6 +121,7 @@ def test_extremes_of_regularized_kernels(shape, steps, searched):
     assert found.sigma_min**2 - sigma[-1] ** 2 <= 0.1 * spread + 1e-12
 
 
+@pytest.mark.slow
 def test_a_large_layer_whose_spectrum_is_known():
     """3×3×64×64 at 32×32 has 65,536 singular values. Without a border, a Fourier transform gives them all."""
     kernel = normal(3, 3, 64, 64) / 24
