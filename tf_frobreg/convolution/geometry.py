@@ -173,7 +173,7 @@ class Convolution:
         rank = len(shape) - 2
         if rank == 0 and kind != "conv":
             raise ValueError(f"kind={kind!r} needs a spatial axis. Received: kernel.shape={shape}")
-        values = {"kernel_shape": shape, "input_size": input_size, **geometry}
+        values = {"kernel_shape": shape, "input_size": _check_size("input_size", input_size), **geometry}
         for name in ("input_size", "strides", "dilation_rate"):
             values[name] = _per_axis(name, values[name], rank)
         for name, value in values.items():
@@ -339,7 +339,12 @@ def check_layer_geometry(
     size = _check_size("input_size", input_size)
     per_axis = {"input_size": size} | {name: checked[name] for name in ("strides", "dilation_rate")}
     sequences = [(name, value) for name, value in per_axis.items() if isinstance(value, tuple)]
-    for name, value in sequences[1:]:
+    for name, value in sequences:
+        if len(value) > max(LAYERS) - 2:
+            raise ValueError(
+                f"{name} must have at most 3 entries, one per spatial axis. "
+                f"Received: {name}={reprlib.repr(value)}"
+            )
         first, reference = sequences[0]
         if len(value) != len(reference):
             raise ValueError(
@@ -382,29 +387,23 @@ def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
 
 
 def _check_size(name: str, value: Any) -> int | tuple[int, ...]:
-    """Returns an int, or a tuple of at most three ints."""
+    """Returns an int, or a tuple of ints."""
     if not np.ndim(value) > 0:  # works for lists, tuples, arrays, tensors and TensorShapes alike
         return check_integer(name, value)
-    if len(value) > max(LAYERS) - 2:
-        raise ValueError(
-            f"{name} must have at most 3 entries, one per spatial axis. "
-            f"Received: {name}={reprlib.repr(value)}"
-        )
     return tuple(check_integer(name, n) for n in value)
 
 
-def _per_axis(name: str, value: Any, rank: int) -> tuple[int, ...]:
-    """Returns one int per spatial axis."""
-    if not np.ndim(value) > 0:
-        number = check_integer(name, value)
+def _per_axis(name: str, size: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Returns one int per spatial axis of a size that `_check_size` has checked."""
+    if isinstance(size, int):
         if rank == 0 and name == "input_size":
-            raise ValueError(f"input_size must be () {NO_SPATIAL_AXIS}. Received: {name}={value!r}")
-        return (number,) * rank
-    if len(value) != rank:
+            raise ValueError(f"input_size must be () {NO_SPATIAL_AXIS}. Received: {name}={size}")
+        return (size,) * rank
+    if len(size) != rank:
         wanted = (
             f"an int or {rank} ints, one per spatial axis of the kernel, without channels"
             if rank
             else f"() {NO_SPATIAL_AXIS}"
         )
-        raise ValueError(f"{name} must be {wanted}. Received: {name}={reprlib.repr(value)}")
-    return tuple(check_integer(name, n) for n in value)
+        raise ValueError(f"{name} must be {wanted}. Received: {name}={reprlib.repr(size)}")
+    return size

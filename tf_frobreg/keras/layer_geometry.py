@@ -1,9 +1,13 @@
 """The geometry of a layer. The user repeats it, because Keras passes only the kernel."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size, check_layer_geometry
+
+# Eager training asks for the same convolution at every step.
+_convolution = functools.lru_cache(maxsize=1024)(Convolution)
 
 
 class TakesGeometry:
@@ -44,7 +48,7 @@ class TakesGeometry:
 
     def convolution(self, kernel_shape: Sequence[int]) -> Convolution:
         """Returns the convolution with a kernel of that shape, or raises an error if they do not fit."""
-        return Convolution.of(kernel_shape, self.input_size, self.geometry)
+        return _convolution(tuple(kernel_shape), self.input_size, **self.geometry)
 
     def geometry_config(self) -> dict[str, Any]:
         """Returns `input_size` and the geometry as plain values, with lists in place of tuples."""
