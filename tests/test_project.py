@@ -91,3 +91,14 @@ def test_version_is_in_one_place():
 def test_sources_are_in_order(command):
     done = run(sys.executable, "-m", *command)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("folder", ["tf_frobreg", "examples", "notebooks"])
+def test_language_is_plain(folder):
+    # Habits of earlier versions. One of these words makes a reader stop and decode.
+    words = r"\b(anew|reckon\w*|told|tells|but for|of one's own|at the most|As for `\w+`)"
+    paths = [path for ending in ("*.py", "*.ipynb") for path in (ROOT / folder).rglob(ending)]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    found = [f"{path}: {m.group()}" for path, text in texts.items() for m in re.finditer(words, text)]
+    assert texts
+    assert not found

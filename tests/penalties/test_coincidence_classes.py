@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tf_frobreg import frobenius_penalty
-from tf_frobreg.convolution.geometry import Axis
+from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.penalties.coincidence_classes import coincidences, count_places
 
 

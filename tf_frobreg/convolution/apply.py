@@ -3,7 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.convolution.geometry import Axis, Convolution
+from tf_frobreg.convolution.axis import Axis
+from tf_frobreg.convolution.geometry import Convolution
 
 
 def apply(kernel: tf.Tensor, images: tf.Tensor, conv: Convolution) -> tf.Tensor:

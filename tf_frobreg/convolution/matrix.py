@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_frobreg.checks import check_choice, check_memory
-from tf_frobreg.convolution.geometry import Convolution, Geometry, Size, Taps
+from tf_frobreg.convolution.axis import Taps
+from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
 
 __all__ = ["ToeplitzIndices", "index_set", "toeplitz_indices", "transformation_matrix"]

@@ -18,7 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_frobreg.checks import check_memory
-from tf_frobreg.convolution.geometry import Axis, Convolution, Side
+from tf_frobreg.convolution.axis import Axis
+from tf_frobreg.convolution.geometry import Convolution, Side
 from tf_frobreg.penalties.coincidence_classes import Coincidences, coincidences, joint_members
 
 # Up to this many entries one combined member matrix is faster than two, which move the blocks twice.

@@ -13,7 +13,8 @@ from functools import lru_cache
 import numpy as np
 
 from tf_frobreg.checks import check_memory
-from tf_frobreg.convolution.geometry import Axis, Side
+from tf_frobreg.convolution.axis import Axis
+from tf_frobreg.convolution.geometry import Side
 
 # Per class and pair, from the bools here to the float64 and float32 matrices of the closed form.
 BYTES_PER_MEMBER = 40
