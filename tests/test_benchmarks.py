@@ -10,12 +10,13 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("script", ["closed_form.py", "descent.py", "spectrum.py", "overhead.py"])
+@pytest.mark.parametrize("script", ["closed_form.py", "descent.py", "spectrum.py", "overhead.py", "calls.py"])
 def test_benchmark_prints_its_tables(script):
-    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), "--quick"]
-    command += ["--largest", "64"] if script == "closed_form.py" else []
+    options = {"closed_form.py": ["--quick", "--largest", "64"], "calls.py": []}.get(script, ["--quick"])
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), *options]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     titles = {
+        "calls.py": ("calls", "attach_regularizers", "regularize_kernel"),
         "closed_form.py": ("3×3×16×16", "512×512"),
         "descent.py": ("3×3×6×3", "3×3×64×64"),
         "overhead.py": ("ResNet50", "DenseNet121"),
