@@ -1,34 +1,18 @@
-"""Algorithm 3.1 on whole models, from Python and from the shell."""
+"""Algorithm 3.1 on whole models."""
 
-import csv
 import re
 
-import keras
 import numpy as np
 import pytest
 from ids import stable_id
+from small_models import named_model
 
 from tf_frobreg import model_spectrum, regularize_kernel, regularize_model
 from tf_frobreg.cli import main
 
-LAYERS = keras.layers
-
-
-def small_model(dtype=None):
-    keras.utils.set_random_seed(1)
-    return keras.Sequential(
-        [
-            keras.Input((9, 8, 2)),
-            LAYERS.Conv2D(4, 3, padding="same", name="conv", dtype=dtype),
-            LAYERS.Conv2D(8, 3, strides=2, name="strided"),
-            LAYERS.Flatten(),
-            LAYERS.Dense(4, name="top"),
-        ]
-    )
-
 
 def test_every_kernel_is_regularized_in_place():
-    model = small_model()
+    model = named_model()
     kernel = np.asarray(model.get_layer("strided").kernel)
     expected = regularize_kernel(kernel, (9, 8), strides=2, padding="valid", alpha=2.0, max_steps=200)
     descent = regularize_model(model, alpha=2.0)
@@ -55,7 +39,7 @@ def test_every_kernel_is_regularized_in_place():
     ids=stable_id,
 )
 def test_options_reach_the_descent_of_each_kernel(options):
-    model = small_model()
+    model = named_model()
     kernel = np.asarray(model.get_layer("conv").kernel)
     common = {"max_steps": 3, "tolerance": 0.001, **options}
     expected = regularize_kernel(kernel, (9, 8), **common)
@@ -67,7 +51,7 @@ def test_options_reach_the_descent_of_each_kernel(options):
 
 
 def test_a_report_has_aligned_lines():
-    descent = regularize_model(small_model(), exclude="strided", max_steps=1, tolerance=0.0, measure="often")
+    descent = regularize_model(named_model(), exclude="strided", max_steps=1, tolerance=0.0, measure="often")
     conv, top, strided = str(descent).splitlines()
     numbers = r"R \S+ → \S+, σ \S+ … \S+, 1 step, not converged: out of steps"
     assert re.fullmatch(f"conv     {numbers}", conv)
@@ -78,14 +62,14 @@ def test_a_report_has_aligned_lines():
 def test_a_callback_that_does_not_stop_sees_every_kernel():
     seen = []
     descent = regularize_model(
-        small_model(), max_steps=1, tolerance=0.0, callback=lambda name, step, *_: seen.append((name, step))
+        named_model(), max_steps=1, tolerance=0.0, callback=lambda name, step, *_: seen.append((name, step))
     )
     assert seen == [(name, step) for name in ("conv", "strided", "top") for step in (0, 1)]
     assert list(descent.results) == ["conv", "strided", "top"]
 
 
 def test_selection_padding_and_callback():
-    model = small_model()
+    model = named_model()
     before = np.asarray(model.get_layer("top").kernel).copy()
     seen = []
     descent = regularize_model(
@@ -102,7 +86,7 @@ def test_selection_padding_and_callback():
 
 
 def test_half_precision_and_lora():
-    model = small_model(dtype="float16")
+    model = named_model(dtype="float16")
     model.get_layer("top").enable_lora(2)
     descent = regularize_model(model, max_steps=20, tolerance=0.0)
     assert descent.left_out == {"top": "LoRA is enabled: its kernel is frozen"}
@@ -111,7 +95,7 @@ def test_half_precision_and_lora():
 
 
 def test_no_kernel_changes_where_one_is_not_finite(tmp_path, capfd):
-    model = small_model()
+    model = named_model()
     top = model.get_layer("top").kernel
     top.assign(np.full(top.shape, np.nan))
     before = model.get_weights()
@@ -126,7 +110,7 @@ def test_no_kernel_changes_where_one_is_not_finite(tmp_path, capfd):
 
 
 def test_no_kernel_changes_where_a_border_does_not_suit():
-    model = small_model()
+    model = named_model()
     before = model.get_weights()
     with pytest.raises(ValueError, match="padding must be .*, for layer 'conv'"):
         regularize_model(model, padding="full")
@@ -135,71 +119,10 @@ def test_no_kernel_changes_where_a_border_does_not_suit():
 
 def test_bad_arguments():
     with pytest.raises(TypeError, match="callback must be a function. Received: callback=3"):
-        regularize_model(small_model(), callback=3)
+        regularize_model(named_model(), callback=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'strides'"):
-        regularize_model(small_model(), strides=2)
+        regularize_model(named_model(), strides=2)
     with pytest.raises(ValueError, match="alpha must be"):
-        regularize_model(small_model(), alpha=0)
+        regularize_model(named_model(), alpha=0)
     with pytest.raises(ValueError, match="include must match a layer"):
-        regularize_model(small_model(), include="x")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ending", [".keras", ".h5"])
-def test_from_the_shell(ending, tmp_path, capfd):
-    model = small_model()
-    if ending == ".keras":  # Keras does not always read a loss in its own old format again
-        model.compile("adam", "mse")
-        model.train_on_batch(np.ones((2, 9, 8, 2)), np.ones((2, 4)))
-    source, target = tmp_path / f"model{ending}", tmp_path / f"new{ending}"
-    model.save(source)
-    before = source.read_bytes()
-    outputs = ["--output", target, "--history", tmp_path / "history.csv", "--plot", tmp_path / "plot.png"]
-    assert main(["regularize", *map(str, [source, *outputs])]) == 0
-    assert "conv     R " in capfd.readouterr().out
-    assert source.read_bytes() == before
-    new = keras.saving.load_model(target)
-    if ending == ".keras":
-        assert int(new.optimizer.iterations.numpy()) == 1
-    for row in model_spectrum(new):
-        assert abs(row.extremes.sigma_max - 1) <= 0.0101
-    with open(tmp_path / "history.csv", newline="", encoding="utf-8") as file:
-        assert {row["kernel"] for row in csv.DictReader(file)} == {"conv", "strided", "top"}
-    assert main(["regularize", *map(str, [source, *outputs])]) == 2  # nothing is overwritten
-    assert "exists; --force" in capfd.readouterr().err
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--output", "new.npy"], "--output must end in .keras, as the model does"),
-        (
-            ["--output", "new.keras", "--strides", "2"],
-            "--strides cannot be given: the geometry is read from the layers",
-        ),
-        (["--output", "new.keras", "--alpha", "0"], "alpha must be a finite number above 0"),
-        (["--output", "new.keras", "--input-size", "9"], "input_size goes with a model that leaves the size"),
-        (["--output", "model.keras", "--force"], "none of them the input"),
-    ],
-)
-def test_bad_options(options, message, tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small_model().save("model.keras")
-    assert main(["regularize", "model.keras", *options]) == 2
-    printed = capfd.readouterr()
-    assert message in printed.err
-    assert printed.err.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
-
-
-def test_a_model_whose_loss_is_not_known_is_taken_without(tmp_path, capfd):
-    def own_loss(y, x):
-        return keras.ops.mean(x - y)
-
-    model = small_model()
-    model.compile("adam", own_loss)
-    model.save(tmp_path / "model.keras")
-    arguments = [tmp_path / "model.keras", "--output", tmp_path / "new.keras", "--max-steps", 3]
-    assert main(["regularize", *map(str, arguments)]) == 1
-    assert "The optimizer and losses could not be loaded" in capfd.readouterr().out
+        regularize_model(named_model(), include="x")
