@@ -27,6 +27,7 @@ import nbformat
 from tf_frobreg import api
 
 NOTEBOOK = Path(__file__).with_name("00_reference.ipynb")
+PACKAGE = Path(api.__file__).parent
 COMMAND = "python notebooks/reference.py"
 
 # title: (introduction, names)
@@ -98,6 +99,21 @@ LISTS = ("Args", "Attributes", "Raises")
 SECTIONS = (*LISTS, "Returns", "Yields", "Example", "Examples", "Note", "References")
 
 
+# Formula of the paper: file in the package, and the name in it.
+FORMULAS = {
+    "(1.1), the stopping criterion": ("descent/stopping.py", "ConvergenceCheck"),
+    "(2.1), (3.1), the matrix M": ("convolution/matrix.py", "transformation_matrix"),
+    "Ω, the index set": ("convolution/matrix.py", "index_set"),
+    "R_α = ‖MᵀM − αI‖²_F": ("penalties/frobenius.py", "FrobeniusPenalty"),
+    "(3.2), Theorems 2.1 and 3.1, as written": ("penalties/explicit_form.py", "penalty_and_gradient"),
+    "R_α and (3.2) without M": ("penalties/closed_form.py", "ClosedForm"),
+    "Algorithm 3.1": ("descent/algorithm_3_1.py", "regularize_kernel"),
+    "section 4, the step sizes λ": ("descent/step_rules.py", "paper_schedule"),
+    "the best λ along a direction": ("descent/step_rules.py", "quartic_minimizer"),
+    "Figure 4.1": ("cli/descent.py", "reproduce"),
+}
+
+
 def main() -> int:
     """Writes or checks the notebook and returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -123,6 +139,7 @@ def notebook() -> nbformat.NotebookNode:
     for number, (title, (introduction, names)) in enumerate(GROUPS.items(), 1):
         cells.append((f"group-{number}", f"## {title}\n\n{prose(introduction)}"))
         cells += [(name, entry(name)) for name in names]
+    cells.append(("formulas", formulas()))
     result = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_markdown_cell(source, id=identifier) for identifier, source in cells],
         metadata={
@@ -132,6 +149,16 @@ def notebook() -> nbformat.NotebookNode:
     )
     nbformat.validate(result)
     return result
+
+
+def formulas() -> str:
+    """Returns the table that leads from the paper to the code, and checks that it leads somewhere."""
+    rows = ["| paper | file | name |", "| --- | --- | --- |"]
+    for where, (file, name) in FORMULAS.items():
+        if name not in (PACKAGE / file).read_text(encoding="utf-8"):
+            raise SystemExit(f"FORMULAS in notebooks/reference.py names {name}, which is not in {file}")
+        rows.append(f"| {where} | `{file}` | `{name}` |")
+    return "\n".join(["## Where the paper's formulas are", "", *rows])
 
 
 def check_groups() -> None:

@@ -55,6 +55,7 @@ from tf_frobreg import *
 assert Convolution_of_the_folder is Convolution
 assert set(tf_frobreg.__all__) <= set(globals())
 assert set(tf_frobreg.__all__) | {"convolution", "__version__"} <= set(dir(tf_frobreg))
+assert not {"sys", "importlib", "Any", "_load_api"} & set(dir(tf_frobreg))
 print(Convolution((3, 3, 1, 1), 5).shape, len(singular_values([[[[1.0]]]], 2)))
 """
 

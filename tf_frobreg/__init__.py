@@ -33,7 +33,9 @@ if not TYPE_CHECKING:  # a type checker that saw this function would accept ever
 
 
 def __dir__() -> list[str]:
-    return sorted({*_load_api().__all__, *globals()})
+    public = _load_api().__all__
+    own = [name for name in globals() if name.startswith("__") or f"{__name__}.{name}" in sys.modules]
+    return sorted({*public, *own})
 
 
 class _RegisterWithKeras:

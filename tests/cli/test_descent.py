@@ -152,6 +152,7 @@ def test_ctrl_c_keeps_what_was_reached(kernel, tmp_path, run, monkeypatch):
             "strides above 1 cannot be combined",
         ),
         (["--input-size", "8", "--plot", "plot.xyz"], "--plot must end in .png, .pdf or .svg"),
+        (["--input-size", "8", "--output", "new.keras"], "--output must end in .npy"),
         (["--input-size", "8", "--plot", "/no/such/place.png"], "--plot cannot be written (No such file"),
         (["--input-size", "8", "--history", "."], "--history must be a file to write"),
     ],

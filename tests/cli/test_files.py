@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from tf_frobreg.cli.files import BadInput, OutputFile, check_picture, output_files, read_arrays
+from tf_frobreg.cli.files import PICTURES, BadInput, OutputFile, check_ending, output_files, read_arrays
 
 
 def test_existing_files_are_kept_unless_forced(kernel, tmp_path, run):
@@ -99,7 +99,7 @@ def test_an_archive_of_arrays(tmp_path):
 
 
 def test_one_file_cannot_hold_two_results(kernel, tmp_path, run):
-    same = tmp_path / "same"
+    same = tmp_path / "same.npy"
     status, printed = run("regularize", kernel, "--input-size", 8, "--output", same, "--history", same)
     assert status == 2
     assert "--output, --history must be different files, and none of them the input" in printed.err
@@ -156,10 +156,16 @@ def test_only_options_with_a_path_are_outputs(tmp_path):
 
 @pytest.mark.parametrize("name", [None, "a.png", "a.PDF", "a.b.svg"])
 def test_names_of_pictures(name):
-    check_picture(name)
+    check_ending("--plot", name, *PICTURES)
 
 
 @pytest.mark.parametrize("name", ["a", "a.jpg", ".png", ""])
 def test_names_that_are_no_pictures(name):
     with pytest.raises(BadInput, match="--plot must end in .png, .pdf or .svg. Received: "):
-        check_picture(name)
+        check_ending("--plot", name, *PICTURES)
+
+
+def test_names_of_kernels():
+    check_ending("--output", "a.NPY", ".npy")
+    with pytest.raises(BadInput, match="--output must end in .npy. Received: a.keras"):
+        check_ending("--output", "a.keras", ".npy")

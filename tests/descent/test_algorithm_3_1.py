@@ -321,8 +321,8 @@ def test_a_result_made_by_hand_may_have_lists_for_columns_and_another_geometry()
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_steps": 5}, "history must have the columns step, penalty, .*Received: num_steps=5"),
-        ({"history": {}}, "history must have the columns .*Received: num_steps=3, history={}"),
+        ({"num_steps": 5}, "history must have a column 'step' .* num_steps=5 steps. Received: 4 rows"),
+        ({"history": {}}, "history must have a column 'step' .* num_steps=3 steps. Received: 0 rows"),
         ({"num_steps": -1}, "num_steps must be at least 0"),
         ({"num_steps": 1.5}, "num_steps must be an integer"),
         ({"kernel": np.full((3, 3, 1, 2), np.nan)}, "kernel must be finite"),

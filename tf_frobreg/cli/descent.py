@@ -13,9 +13,10 @@ from rich.table import Table
 import tf_frobreg  # its public names, and TensorFlow, are loaded when they are used
 from tf_frobreg.cli.arguments import RegularizeOptions, ReproduceOptions
 from tf_frobreg.cli.files import (
+    PICTURES,
     BadInput,
     OutputFile,
-    check_picture,
+    check_ending,
     output_files,
     read_kernel,
     refusals_as_bad_input,
@@ -81,7 +82,7 @@ def regularize(options: RegularizeOptions) -> int:
 def _regularize_kernel(options: RegularizeOptions) -> int:
     if options.input_size is None:
         raise BadInput(f"--input-size is needed for a kernel without a model. Received: {options.file}")
-    check_picture(options.plot)
+    check_ending("--output", options.output, ".npy")
     kernel = read_kernel(options.file)
     files = _output_files(options)
     load_tensorflow()
@@ -117,7 +118,6 @@ def _regularize_model(options: RegularizeOptions) -> int:
     ending = os.path.splitext(options.file)[1]
     if not options.output.endswith(ending):
         raise BadInput(f"--output must end in {ending}, as the model does. Received: {options.output}")
-    check_picture(options.plot)
     files = _output_files(options)
     load_tensorflow()
     model, notes = _load_compiled(options.file)
@@ -142,6 +142,7 @@ def _regularize_model(options: RegularizeOptions) -> int:
 
 
 def _output_files(options: RegularizeOptions) -> dict[str, OutputFile]:
+    check_ending("--plot", options.plot, *PICTURES)
     paths = {"--output": options.output, "--plot": options.plot, "--history": options.history}
     return output_files(paths, force=options.force, inputs=[options.file])
 

@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PICTURES = (".png", ".pdf", ".svg")
+
 
 class BadInput(Exception):
     """The user gave something that cannot be used. The message is one line for the terminal."""
@@ -107,7 +109,7 @@ class OutputFile:
         self.write_path(write_open)
 
     def write_figure(self, figure: "Figure") -> None:
-        """Writes a figure in the format that the name ends in, see `check_picture`."""
+        """Writes a figure in the format that the name ends in, see `PICTURES`."""
         self.write(lambda file: figure.savefig(file, format=self._ending.removeprefix("."), dpi=120))
 
     def write_path(self, writer: Callable[[Path], Any]) -> None:
@@ -138,10 +140,11 @@ class OutputFile:
             raise BadInput(f"{self._option} exists; --force overwrites it. Received: {self.path}")
 
 
-def check_picture(path: str | None) -> None:
-    """Raises `BadInput` if the name after --plot does not end in a known format."""
-    if path is not None and Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise BadInput(f"--plot must end in .png, .pdf or .svg. Received: {path}")
+def check_ending(option: str, path: str | None, *endings: str) -> None:
+    """Raises `BadInput` if the name after an option does not end in a format that is written."""
+    if path is not None and Path(path).suffix.lower() not in endings:
+        wanted = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise BadInput(f"{option} must end in {wanted}. Received: {path}")
 
 
 def output_files(

@@ -15,8 +15,9 @@ import tf_frobreg  # its public names, and TensorFlow, are loaded when they are 
 from tf_frobreg.checks import check_accuracy, check_number
 from tf_frobreg.cli.arguments import SpectrumOptions
 from tf_frobreg.cli.files import (
+    PICTURES,
     BadInput,
-    check_picture,
+    check_ending,
     output_files,
     read_arrays,
     refusals_as_bad_input,
@@ -95,7 +96,7 @@ def spectrum(options: SpectrumOptions) -> int:
 
 def _check(options: SpectrumOptions) -> None:
     """Raises `BadInput` for what is wrong whatever the file holds."""
-    check_picture(options.plot)
+    check_ending("--plot", options.plot, *PICTURES)
     if not options.file.endswith(MODELS + ARRAYS):
         raise BadInput(f"FILE must end in .npy, .npz, .keras or .h5. Received: {options.file}")
     if options.file.endswith(".weights.h5"):

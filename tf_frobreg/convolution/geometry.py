@@ -19,8 +19,8 @@ PADDINGS = ("same", "valid", "circular")
 KINDS = ("conv", "depthwise", "transpose")
 LAYERS = {2: "Dense", 3: "Conv1D", 4: "Conv2D", 5: "Conv3D"}  # by the rank of the kernel
 NO_SPATIAL_AXIS = (
-    "for a Dense kernel; a kernel of rank 2 has no spatial axis. If it is a LoRA factor, detach before "
-    "enable_lora"
+    "for a Dense kernel; this kernel has rank 2, and a Conv2D kernel has rank 4. If it is a LoRA factor, "
+    "detach before enable_lora"
 )
 
 Size = int | Sequence[int]  # one int for all spatial axes, or one per axis

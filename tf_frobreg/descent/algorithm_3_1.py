@@ -5,7 +5,7 @@ import enum
 import functools
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -94,6 +94,17 @@ class DescentResult:
     reason: StopReason
     history: dict[str, np.ndarray]
     _state: State | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, StopReason):
+            raise TypeError(f"reason must be a StopReason. Received: reason={self.reason!r}")
+        if not isinstance(self.history, Mapping):
+            raise TypeError(
+                f"history must be a dict of columns. Received: history={reprlib.repr(self.history)}"
+            )
+
+    def __str__(self) -> str:
+        return f"R {self.penalty:.4g} after {self.num_steps} steps, {self.reason.value}"
 
     @property
     def converged(self) -> bool:
@@ -290,10 +301,13 @@ def _rows(before: DescentResult, penalty: FrobeniusPenalty) -> list[_Row]:
                 f"alpha={earlier.alpha}, {earlier.conv}"
             )
     count = check_integer("num_steps", before.num_steps, minimum=0)
-    columns = [np.asarray(before.history.get(name, ()))[:count].tolist() for name in _Row._fields]
-    if any(len(column) < count for column in columns):
-        raise ValueError(
-            f"history must have the columns {', '.join(_Row._fields)}, and each must have a row per step. "
-            f"Received: num_steps={count}, history={reprlib.repr(before.history)}"
-        )
+    columns = []
+    for name in _Row._fields:
+        column = np.asarray(before.history.get(name, ()))[:count].tolist()
+        if len(column) < count:
+            raise ValueError(
+                f"history must have a column {name!r} with a row for each of the num_steps={count} steps. "
+                f"Received: {len(column)} rows"
+            )
+        columns.append(column)
     return [_Row(*values) for values in zip(*columns, strict=True)]

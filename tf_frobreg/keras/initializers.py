@@ -32,8 +32,8 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
     - Some channel of a depthwise kernel often ends in a local minimum with σmin = 0. With "same" padding and
       stride 1, this happened with 18 of 20 seeds for 3×3×8 at 16×16. Kernels of `Conv1D` with as many
       filters as channels end there more rarely (3 of 20 seeds for 3×8×8 at 16). Check σ of such a layer.
-    - With padding="valid" and more filters than channels, no kernel reaches the tolerance, because the border
-      pixels are read by too few taps.
+    - With padding="valid", more filters than strides² · channels, and a kernel larger than the stride, no
+      kernel reaches the tolerance, because the border pixels are read by too few taps.
 
     Args:
         input_size: Spatial size of the layer's input, an int or one int per axis. () for `Dense`.

@@ -108,7 +108,7 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
 
     With padding="same" and strides of 1, R_α is smallest for kernels with one tap only. A large `factor` then
     turns a 3×3 convolution into a 1×1 one. With padding="valid", or with larger strides, kernels of several
-    taps reach the smallest value too. padding="circular" penalises the operator without border, and its
+    taps can reach the smallest value too. padding="circular" penalises the operator without border, and its
     minimisers use all taps.
 
     Args:
