@@ -3,6 +3,7 @@
 from tf_frobreg.convolution.geometry import Convolution, Geometry
 from tf_frobreg.convolution.matrix import ToeplitzIndices, index_set, toeplitz_indices, transformation_matrix
 from tf_frobreg.descent.algorithm_3_1 import DescentResult, StopReason, regularize_kernel
+from tf_frobreg.descent.escapes import Escape
 from tf_frobreg.descent.step_rules import paper_schedule
 from tf_frobreg.keras.attach import AttachReport, attach_regularizers, detach_regularizers
 from tf_frobreg.keras.callbacks import FactorSchedule, SingularValueMonitor
@@ -38,6 +39,7 @@ __all__ = [
     "AttachReport",
     "Convolution",
     "DescentResult",
+    "Escape",
     "ExtremeSingularValues",
     "FactorSchedule",
     "FrobeniusInitializer",

@@ -34,9 +34,12 @@ class RegularizeOptions:
     file: str
     output: str
     input_size: "Size | None"
-    alpha: float
+    alpha: float | None
+    include: list[str] | None
+    exclude: list[str] | None
     learning_rate: str | float
     direction: str | None
+    escape: bool
     max_steps: int
     tolerance: float
     geometry: "Geometry"  # only what the user gave
@@ -139,7 +142,8 @@ def _add_regularize(commands: Any) -> None:
         "regularize",
         help="run Algorithm 3.1 on one kernel or on a whole model",
         description="Run Algorithm 3.1 on the kernel in a .npy file, or on every kernel of a .keras or .h5 "
-        "model. The geometry of a model's kernels is read from its layers. Ctrl-C stops the descent and "
+        "model. The geometry of a model's kernels is read from its layers. The loss of a model is ignored: "
+        "check its accuracy afterwards. Ctrl-C stops the descent and "
         "keeps the kernels reached so far. Exit status: 0 converged, 1 not converged (the result is "
         "written), 2 bad input, 130 interrupted before there was a result.",
     )
@@ -150,7 +154,23 @@ def _add_regularize(commands: Any) -> None:
     )
     parser.add_argument("--output", required=True, help="file for the result, of the same type as FILE")
     _add_geometry(parser)
-    parser.add_argument("--alpha", type=float, default=1.0, help="α, the target of σ² (default: 1)")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        help="α, the target of σ² (default: α of the penalty that a model's kernel has, otherwise 1)",
+    )
+    parser.add_argument(
+        "--include",
+        action="append",
+        metavar="NAME",
+        help="layer of a model to regularize, wildcards allowed; can be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        metavar="NAME",
+        help="layer of a model to leave as it is, for example its head; can be repeated",
+    )
     parser.add_argument(
         "--learning-rate",
         type=_learning_rate,
@@ -162,6 +182,12 @@ def _add_regularize(commands: Any) -> None:
         "--direction",
         choices=("gradient", "conjugate"),
         help='direction of the steps (default: "conjugate" with --learning-rate exact, "gradient" otherwise)',
+    )
+    parser.add_argument(
+        "--no-escape",
+        dest="escape",
+        action="store_false",
+        help="end in a local minimum instead of jumping out of it",
     )
     _add_descent(parser)
     parser.add_argument("--plot", help="picture of σmax and σmin against the steps (.png, .pdf, .svg)")

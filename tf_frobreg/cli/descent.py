@@ -26,11 +26,12 @@ from tf_frobreg.cli.model_files import MODELS, load_model, refuse_geometry
 from tf_frobreg.cli.terminal import StopRequest, load_tensorflow, progress_display, show, stop_request
 
 if TYPE_CHECKING:
-    from tf_frobreg import DescentResult
+    from tf_frobreg import DescentResult, ModelDescent
 
 PAPER_SHAPES = ((3, 3, 3, 1), (3, 3, 1, 3), (3, 3, 3, 6), (3, 3, 6, 3))
 PAPER_SIZE = 20
 TABLE_STEPS = (0, 10, 20, 50, 100)
+LOSS_IGNORED = "The weights change now, without a look at the loss. Check the accuracy of the new model."
 
 
 def reproduce(options: ReproduceOptions) -> int:
@@ -82,9 +83,13 @@ def regularize(options: RegularizeOptions) -> int:
 def _regularize_kernel(options: RegularizeOptions) -> int:
     if options.input_size is None:
         raise BadInput(f"--input-size is needed for a kernel without a model. Received: {options.file}")
+    for name in ("include", "exclude"):
+        if getattr(options, name) is not None:
+            raise BadInput(f"--{name} goes with a model, not with a kernel. Received: {options.file}")
     check_ending("--output", options.output, ".npy")
     kernel = read_kernel(options.file)
     files = _output_files(options)
+    alpha = 1.0 if options.alpha is None else options.alpha
     load_tensorflow()
     with stop_request() as stop:
         with progress_display() as progress, refusals_as_bad_input():
@@ -92,6 +97,7 @@ def _regularize_kernel(options: RegularizeOptions) -> int:
             result = tf_frobreg.regularize_kernel(
                 kernel,
                 options.input_size,
+                alpha=alpha,
                 callback=functools.partial(follow, _title(kernel.shape)),
                 **_descent_arguments(options),
                 **options.geometry,
@@ -102,9 +108,7 @@ def _regularize_kernel(options: RegularizeOptions) -> int:
             files["--plot"].write_figure(tf_frobreg.plot_convergence(result))
         if "--history" in files:
             _write_history(files["--history"], {options.file: result})
-    floor = tf_frobreg.penalty_floor(
-        kernel.shape, options.input_size, alpha=options.alpha, **options.geometry
-    )
+    floor = tf_frobreg.penalty_floor(kernel.shape, options.input_size, alpha=alpha, **options.geometry)
     show(
         _summary(result),
         f"R = {result.penalty:.6g} (lower bound for this shape: {floor:.6g})",
@@ -126,7 +130,10 @@ def _regularize_model(options: RegularizeOptions) -> int:
             descent = tf_frobreg.regularize_model(
                 model,
                 input_size=options.input_size,
-                callback=_follower(progress, stop, options.max_steps),
+                alpha=options.alpha,
+                include=options.include,
+                exclude=options.exclude,
+                callback=_follower(progress, stop, options.max_steps, LOSS_IGNORED),
                 **_descent_arguments(options),
             )
         if not descent.results:
@@ -137,7 +144,7 @@ def _regularize_model(options: RegularizeOptions) -> int:
             files["--plot"].write_figure(tf_frobreg.plot_convergence(descent.results))
         if "--history" in files:
             _write_history(files["--history"], descent.results)
-    show(str(descent), *notes, written(files))
+    show(_model_table(descent), *_model_remarks(descent), *notes, written(files))
     return 0 if descent.converged and not stop.pressed else 1
 
 
@@ -150,9 +157,9 @@ def _output_files(options: RegularizeOptions) -> dict[str, OutputFile]:
 def _descent_arguments(options: RegularizeOptions) -> dict[str, Any]:
     """Returns what both functions of the library take."""
     return {
-        "alpha": options.alpha,
         "learning_rate": options.learning_rate,
         "direction": options.direction,
+        "escape": options.escape,
         "max_steps": options.max_steps,
         "tolerance": options.tolerance,
         "measure": "often" if options.plot or options.history else "rarely",
@@ -169,13 +176,15 @@ def _load_compiled(path: str) -> tuple[Any, list[str]]:
 
 
 def _follower(
-    progress: Progress, stop: StopRequest, max_steps: int
+    progress: Progress, stop: StopRequest, max_steps: int, remark: str | None = None
 ) -> Callable[[str, int, np.ndarray, float], bool]:
-    """Returns a callback that shows each step of each kernel, and stops the descent after Ctrl-C."""
+    """Returns a callback that shows a remark, then each step of each kernel. Ctrl-C stops the descent."""
     tasks: dict[str, TaskID] = {}
 
     def follow(name: str, step: int, kernel: np.ndarray, penalty: float) -> bool:
         note = f"R = {penalty:.6g}"
+        if remark is not None and not tasks:
+            progress.console.print(remark, markup=False, highlight=False)
         if name not in tasks:
             for finished in tasks.values():
                 progress.stop_task(finished)
@@ -223,6 +232,37 @@ def _paper_table(results: Mapping[str, "DescentResult"]) -> Table:
     return table
 
 
+def _model_table(descent: "ModelDescent") -> Table:
+    """Returns a row for each kernel of a model."""
+    table = Table()
+    names = ("kernel", "α", "R before", "R after", "σmax", "σmin", "steps", "escapes", "moved", "result")
+    for name in names:
+        table.add_column(name, justify="left" if name in ("kernel", "result") else "right")
+    for name, result in descent.results.items():
+        high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
+        table.add_row(
+            name,
+            f"{descent.alphas[name]:g}",
+            f"{result.history['penalty'][0]:.4g}",
+            f"{result.penalty:.4g}",
+            f"{high:.4f}",
+            f"{low:.4f}",
+            str(result.num_steps),
+            str(len(result.escapes)),
+            f"{descent.changes[name]:.0%}",
+            result.reason.name.lower().replace("_", " "),
+        )
+    return table
+
+
+def _model_remarks(descent: "ModelDescent") -> list[str]:
+    """Returns a line for each kernel that did not converge, and for each layer that was left out."""
+    failed = {name: result for name, result in descent.results.items() if not result.converged}
+    return [f"{name}: {_reason(result)}" for name, result in failed.items()] + [
+        f"{name}: left as it is, {reason}" for name, reason in descent.left_out.items()
+    ]
+
+
 def _digits(value: float) -> str:
     """Returns two decimals, or four significant digits of a small number."""
     return f"{value:,.2f}" if value >= 100 else f"{value:.4g}"
@@ -230,12 +270,22 @@ def _digits(value: float) -> str:
 
 def _summary(result: "DescentResult") -> str:
     """Returns why a descent ended, and where, in one line."""
-    reason = result.reason.value
-    if result.reason is tf_frobreg.StopReason.STOPPED:  # only Ctrl-C makes the callback stop
-        reason = "not converged: interrupted, the kernel reached so far is kept"
     high, low = (result.history[name][result.num_steps] for name in ("sigma_max", "sigma_min"))
     sigma = "" if np.isnan(high) else f", σmax = {high:.5g}, σmin = {low:.5g}"
-    return f"{reason}; step {result.num_steps}{sigma}"
+    return f"{_reason(result)}; step {result.num_steps}{sigma}{_escapes(result)}"
+
+
+def _reason(result: "DescentResult") -> str:
+    """Returns why a descent ended, as a sentence."""
+    if result.reason is tf_frobreg.StopReason.STOPPED:  # only Ctrl-C makes the callback stop
+        return "not converged: interrupted, the kernel reached so far is kept"
+    return result.reason.value
+
+
+def _escapes(result: "DescentResult") -> str:
+    """Returns at which steps a descent escaped from a local minimum."""
+    steps = sorted({escape.step for escape in result.escapes})
+    return f", escaped from a local minimum at step {', '.join(map(str, steps))}" if steps else ""
 
 
 def _write_history(output: OutputFile, results: Mapping[str, "DescentResult"]) -> None:

@@ -79,3 +79,14 @@ class Axis:
             return Taps(outputs, inputs % self.input_size, entries)
         inside = (inputs >= 0) & (inputs < self.input_size)
         return Taps(outputs[inside], inputs[inside], entries[inside])
+
+    def shortened(self) -> "Axis":
+        """Returns an axis with the same border, and an interior of a few periods of the stride.
+
+        An axis longer than a few kernel widths only repeats its interior.
+        """
+        short = 2 * self.span + 2 * self.stride
+        repeats = (self.input_size - short) // self.stride
+        if repeats <= 1:
+            return self
+        return dataclasses.replace(self, input_size=self.input_size - repeats * self.stride)

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from tf_frobreg.checks import check_choice, check_integer, check_number
+from tf_frobreg.checks import check_choice, check_flag, check_integer, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
+from tf_frobreg.descent.escapes import Escape, EscapePlan
 from tf_frobreg.descent.step_rules import Point, State, StepRule, step_rule
 from tf_frobreg.descent.stopping import ConvergenceCheck
+from tf_frobreg.penalties.attainability import is_out_of_reach
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 
 __all__ = ["DescentResult", "StopReason", "regularize_kernel"]
@@ -30,6 +32,8 @@ class StopReason(enum.Enum):
         CONVERGED: σmax and σmin are within `tolerance`.
         STATIONARY: The norm of the gradient is within `gradient_tolerance`.
         STALLED: No step along the gradient lowers R_α.
+        OUT_OF_REACH: No kernel of this geometry has all singular values at √α. The descent has found a
+            kernel near the lowest R_α.
         MAX_STEPS: `max_steps` steps were taken.
         DIVERGED: R_α became infinite or NaN.
         OVERFLOW: R_α of the first kernel was infinite or NaN.
@@ -42,11 +46,17 @@ class StopReason(enum.Enum):
 
     CONVERGED = "converged: σmax and σmin are within the tolerance of √α"
     STATIONARY = "converged: the gradient is below its tolerance"
-    STALLED = "not converged: R cannot decrease from here, a stationary point or the limit of the precision"
-    MAX_STEPS = "not converged: out of steps"
+    STALLED = (
+        "not converged: R falls no further; use float64 or a larger tolerance, or start from another kernel"
+    )
+    OUT_OF_REACH = (
+        "not converged: no kernel of this geometry reaches √α, because too few taps meet some pixels; this is "
+        'the best kernel found; padding="circular", fewer filters or smaller strides help'
+    )
+    MAX_STEPS = "not converged: out of steps; continue with more steps, or use a larger tolerance"
     DIVERGED = "diverged: λ is too large, the penalty is not finite; the kernel with the lowest one is kept"
     OVERFLOW = "not started: the penalty of this kernel exceeds its dtype; scale the kernel down"
-    STOPPED = "not converged: stopped by the callback"
+    STOPPED = "not converged: stopped by the callback; pass the result again to go on"
 
 
 class _Row(NamedTuple):
@@ -75,9 +85,11 @@ class DescentResult:
         reason: A `StopReason`. `reason.value` is a sentence.
         history: Columns of equal length with one row per step. Row 0 is the first kernel. "penalty" is R_α,
             "gradient_norm" is ‖∂R_α/∂K‖_F. "learning_rate" is the λ of the step that starts at this row, and
-            NaN in the last row. "sigma_max" and "sigma_min" are NaN at steps at which they were not measured.
-            "step" is the number of the row. After a divergence, the rows beyond `num_steps` lead to the first
-            penalty that is not finite.
+            NaN in the last row and at an escape. "sigma_max" and "sigma_min" are NaN at steps at which they
+            were not measured. "step" is the number of the row. After a divergence, the rows beyond
+            `num_steps` lead to the first penalty that is not finite.
+        escapes: The jumps out of local minima. R_α can increase at an escape, and with "exact" steps nowhere
+            else.
 
     Example:
         >>> start = np.random.RandomState(1).randn(3, 3, 1, 3)
@@ -93,6 +105,7 @@ class DescentResult:
     num_steps: int
     reason: StopReason
     history: dict[str, np.ndarray]
+    escapes: tuple[Escape, ...] = ()
     _state: State | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +115,10 @@ class DescentResult:
             raise TypeError(
                 f"history must be a dict of columns. Received: history={reprlib.repr(self.history)}"
             )
+        escapes = tuple(self.escapes)
+        if not all(isinstance(escape, Escape) for escape in escapes):
+            raise TypeError(f"escapes must be of Escape. Received: escapes={reprlib.repr(self.escapes)}")
+        object.__setattr__(self, "escapes", escapes)
 
     def __str__(self) -> str:
         return f"R {self.penalty:.4g} after {self.num_steps} steps, {self.reason.value}"
@@ -125,6 +142,7 @@ def regularize_kernel(
     measure: str = "rarely",
     gradient: str | None = None,
     method: str = "closed_form",
+    escape: bool = True,
     callback: Callable[[int, np.ndarray, float], bool | None] | None = None,
     **geometry: Unpack[Geometry],
 ) -> DescentResult:
@@ -155,12 +173,19 @@ def regularize_kernel(
         tolerance: Stop if max(|σmax − √α|, |σmin − √α|), equation (1.1), is at most this. 0 disables it.
         gradient_tolerance: Stop if ‖∂R_α/∂K‖_F is at most this. 0 disables it.
         measure: How often σ is measured. "rarely": only if R_α alone cannot decide convergence, and at the
-            end; never with `tolerance=0`. "often": also at each of the first 40 steps, and then at regular
-            intervals of at most a twentieth of the steps so far, for a figure such as Figure 4.1.
+            end; never with `tolerance=0`. If M has more than 20,000 rows and columns, a bound on |σ² − α|
+            that costs as much as a step decides, and σ is measured at the end. "never": only R_α and the
+            bound decide. "often": also at each of the first 40 steps, and then at regular intervals of at
+            most a twentieth of the steps so far, for a figure such as Figure 4.1.
         gradient: Older spelling of the source of G: "theorem" for its formula, "tape" for `tf.GradientTape`.
         method: How R_α and G are computed: "closed_form", "sparse" (Theorem 3.1 on the explicit matrix M), or
             "tape" (`tf.GradientTape` through `frobenius_penalty`). The polynomial of the exact steps always
             comes from the closed form.
+        escape: Whether "exact" steps leave local minima at which some σ stay near 0. If R_α stays above 0.1
+            α² over its floor and falls by less than 5 % in 20 steps, the descent goes on at (1 − t)·K + t·Q
+            in the groups that are stuck. Q is the nearest kernel with all σ at √α and, at stride 1, only one
+            tap: √α times the polar factor of the sum of all taps. The first t is 0.1. A group that gets stuck
+            again takes 0.2, 0.35, 0.5, 0.7, 0.9 and 1. Other step rules never escape.
         callback: Called as `callback(step, kernel, penalty)` before every step. A true value stops the
             descent.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
@@ -198,7 +223,9 @@ def regularize_kernel(
     kernel = as_kernel(before.kernel if before else kernel)
     conv = Convolution.of(kernel.shape, input_size, geometry)
     penalty = FrobeniusPenalty(conv, alpha, method)
-    rule = step_rule(penalty, learning_rate, direction, tape=tape)
+    escapes = before.escapes if before else ()
+    plan = EscapePlan(penalty, tolerance, escapes) if check_flag("escape", escape) else None
+    rule = step_rule(penalty, learning_rate, direction, tape=tape, plan=plan)
     check = ConvergenceCheck(penalty, tolerance, measure)
     rows = _rows(before, penalty) if before else []
     stop_reason = functools.partial(
@@ -211,14 +238,19 @@ def regularize_kernel(
     )
     start = rule.start(kernel, before._state if before else None)
     reason, step, end = _descend(start, rows, penalty.floor, rule, check, stop_reason)
-
     if math.isfinite(rows[step].penalty) and math.isnan(rows[step].sigma_max):
         sigma_max, sigma_min = check.final_sigma(end.kernel)
         rows[step] = rows[step]._replace(sigma_max=sigma_max, sigma_min=sigma_min)
+    if reason in (StopReason.STALLED, StopReason.MAX_STEPS):
+        if check.is_within(rows[step].sigma_max, rows[step].sigma_min):
+            reason = StopReason.CONVERGED
+        elif tolerance > 0 and is_out_of_reach(conv):
+            reason = StopReason.OUT_OF_REACH
     columns = zip(*rows, strict=True)
     history = {name: np.array(column) for name, column in zip(_Row._fields, columns, strict=True)}
     state = rule.state(None if reason is StopReason.DIVERGED else end)
-    return DescentResult(end.kernel.numpy(), rows[step].penalty, step, reason, history, state)
+    escapes = rule.escapes or escapes
+    return DescentResult(end.kernel.numpy(), rows[step].penalty, step, reason, history, escapes, state)
 
 
 def _descend(
@@ -246,6 +278,8 @@ def _descend(
         rows.append(_Row(step, penalty, scalars.gradient_norm, rate, verdict.sigma_max, verdict.sigma_min))
         if following is None:
             break
+        if rule.escapes and rule.escapes[-1].step == step:
+            check.restart()
         point = following
     if reason is StopReason.DIVERGED:
         step, point = lowest

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_frobreg.checks import check_choice, check_number
+from tf_frobreg.descent.escapes import Escape, EscapePlan
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 
 __all__ = ["paper_schedule"]
@@ -56,12 +57,14 @@ class Point(NamedTuple):
         gradient: ∂R_α/∂K, in float64.
         direction: Direction of the next step, in float64: −gradient or a conjugate direction.
         scalars: The numbers.
+        excess_by_group: The part of R_α − floor that each group adds. Computed together with the line.
     """
 
     kernel: tf.Tensor
     gradient: tf.Tensor
     direction: tf.Tensor
     scalars: Scalars
+    excess_by_group: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Evaluation:
         penalty: R_α.
         tape: Whether the gradient comes from `tf.GradientTape` and not from Theorem 3.1.
         conjugate: Whether the directions are conjugate.
-        line: Whether the coefficients of the line are computed.
+        line: Whether the coefficients of the line and the excess of each group are computed.
     """
 
     penalty: FrobeniusPenalty
@@ -95,11 +98,13 @@ class State(NamedTuple):
         evaluation: How the point was computed.
         point: The last point. None if the descent diverged and therefore starts again.
         optimizer: The state of the Keras optimizer, if one makes the steps.
+        recent: `excess_by_group` of the last points, for the watch on the progress.
     """
 
     evaluation: Evaluation
     point: Point | None
     optimizer: OptimizerState | None = None
+    recent: tuple[np.ndarray, ...] = ()
 
 
 class StepRule(abc.ABC):
@@ -117,25 +122,32 @@ class StepRule(abc.ABC):
         """Returns the point of `state` if it suits this rule, else steepest descent at `kernel`."""
         if state is not None and state.point is not None and state.evaluation == self._evaluation:
             return state.point
-        return self._restart(kernel)
+        return self.restart(kernel)
 
     @abc.abstractmethod
     def next(self, point: Point, step: int) -> tuple[Point | None, float]:
         """Returns the next point and the λ that leads there, or (None, NaN) if R_α cannot fall further."""
 
+    @property
+    def escapes(self) -> tuple[Escape, ...]:
+        """The escapes so far. Only `EscapingSteps` has any."""
+        return ()
+
     def state(self, point: Point | None) -> State:
         """Returns what `start` needs to continue from a point. None stands for a diverged descent."""
         return State(self._evaluation, point)
 
-    def _restart(self, kernel: tf.Tensor) -> Point:
+    def restart(self, kernel: tf.Tensor) -> Point:
         """Returns the point at a kernel, with the direction of steepest descent."""
         zeros = tf.zeros(kernel.shape, tf.float64)
-        return self._move(Point(kernel, zeros, zeros, Scalars()), 0.0)
+        return self._move(Point(kernel, zeros, zeros, Scalars(), np.empty(0)), 0.0)
 
     def _move(self, point: Point, t: float) -> Point:
         """Returns the point at kernel + t·direction."""
         new = self._evaluate(point.kernel, point.gradient, point.direction, tf.constant(t, tf.float64))
-        return new._replace(scalars=Scalars._make(new.scalars.numpy().tolist()))
+        numbers = new.scalars.numpy()
+        count = len(Scalars._fields)
+        return new._replace(scalars=Scalars._make(numbers[:count].tolist()), excess_by_group=numbers[count:])
 
 
 class ExactSteps(StepRule):
@@ -152,7 +164,47 @@ class ExactSteps(StepRule):
                 return new, 2.0 * t
             if now.steepest:
                 return None, math.nan
-            point = self._restart(point.kernel)
+            point = self.restart(point.kernel)
+
+
+class EscapingSteps(ExactSteps):
+    """Takes exact steps, and jumps out of local minima at which some singular values stay near 0.
+
+    Args:
+        evaluation: What is computed at each point.
+        plan: Notices that the descent is stuck, and says where to go on.
+    """
+
+    def __init__(self, evaluation: Evaluation, plan: EscapePlan):
+        super().__init__(evaluation)
+        self._plan = plan
+
+    def start(self, kernel: tf.Tensor, state: State | None = None) -> Point:
+        """Also restores what the watch on the progress has seen."""
+        point = super().start(kernel, state)
+        if state is not None and state.point is point:
+            self._plan.restore(state.recent)
+        return point
+
+    def next(self, point: Point, step: int) -> tuple[Point | None, float]:
+        """Returns the next point. If the descent is stuck, it is the one after an escape, and λ is NaN."""
+        self._plan.watch(point.excess_by_group)
+        new, rate = super().next(point, step)
+        if new is not None and self._plan.progresses:
+            return new, rate
+        kernel = self._plan.escape(step, point.kernel, at_end=new is None)
+        if kernel is not None:
+            return self.restart(kernel), math.nan
+        return (None, math.nan) if self._plan.gives_up else (new, rate)
+
+    @property
+    def escapes(self) -> tuple[Escape, ...]:
+        """All escapes so far."""
+        return tuple(self._plan.escapes)
+
+    def state(self, point: Point | None) -> State:
+        """Adds what the watch on the progress has seen."""
+        return super().state(point)._replace(recent=self._plan.recent)
 
 
 class ScheduledSteps(StepRule):
@@ -208,7 +260,7 @@ class OptimizerSteps(StepRule):
         """Returns the point after one update, and the learning rate that the optimizer had."""
         rate = float(self._optimizer.learning_rate)
         kernel = self._update(point.kernel, tf.cast(0.5 * point.gradient, point.kernel.dtype))
-        return self._restart(kernel), rate
+        return self.restart(kernel), rate
 
     def state(self, point: Point | None) -> State:
         """Adds the optimizer's variables, except after a divergence."""
@@ -218,8 +270,26 @@ class OptimizerSteps(StepRule):
         return State(self._evaluation, point, OptimizerState(self._settings, variables))
 
 
-def step_rule(penalty: FrobeniusPenalty, learning_rate: Any, direction: Any, *, tape: bool) -> StepRule:
-    """Returns the rule for a learning rate and a direction, as `regularize_kernel` takes them."""
+def step_rule(
+    penalty: FrobeniusPenalty,
+    learning_rate: Any,
+    direction: Any,
+    *,
+    tape: bool,
+    plan: EscapePlan | None = None,
+) -> StepRule:
+    """Returns the rule for a learning rate and a direction, as `regularize_kernel` takes them.
+
+    Args:
+        penalty: R_α.
+        learning_rate: λ.
+        direction: D.
+        tape: Whether the gradient comes from `tf.GradientTape`.
+        plan: How to escape from local minima. Only exact steps do it.
+
+    Raises:
+        ValueError: If the learning rate or the direction is invalid, or the two do not go together.
+    """
     exact = isinstance(learning_rate, str) and learning_rate == "exact"
     by_optimizer = isinstance(learning_rate, keras.optimizers.Optimizer)
     if direction is None:
@@ -231,7 +301,7 @@ def step_rule(penalty: FrobeniusPenalty, learning_rate: Any, direction: Any, *, 
         )
     evaluation = Evaluation(penalty, tape, conjugate, line=exact)
     if exact:
-        return ExactSteps(evaluation)
+        return EscapingSteps(evaluation, plan) if plan else ExactSteps(evaluation)
     if by_optimizer:
         return OptimizerSteps(evaluation, learning_rate)
     return ScheduledSteps(evaluation, _schedule(learning_rate))
@@ -290,7 +360,7 @@ def _copy(optimizer: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)  # tracing takes longer than a hundred small steps
 def _traced(evaluation: Evaluation) -> Callable[..., Any]:
-    """Returns a traced function that takes a step of length t. Its `Point` has one tensor for `scalars`."""
+    """Returns a traced function that takes a step of length t. Its `Point` has one tensor for all numbers."""
     penalty = evaluation.penalty
 
     @tf.function(autograph=False)
@@ -318,7 +388,10 @@ def _traced(evaluation: Evaluation) -> Callable[..., Any]:
             scalars = scalars._replace(c1=c1, c2=c2, c3=c3, c4=c4)
         # One tensor for all numbers, because the step waits for each copy from an accelerator.
         packed = tf.stack([tf.cast(value, tf.float64) for value in scalars])
-        return Point(kernel, gradient, direction, packed)
+        if evaluation.line:
+            by_group = excess[None] if penalty.conv.blocks[0] == 1 else penalty.excess_by_group(kernel)
+            packed = tf.concat([packed, tf.cast(by_group, tf.float64)], 0)
+        return Point(kernel, gradient, direction, packed, np.empty(0))
 
     return evaluate
 

@@ -1,9 +1,13 @@
 """A Keras initializer whose kernels are nearly isometries of images."""
 
+import functools
 import math
 import random
+import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any, Unpack
+from weakref import WeakValueDictionary
 
 import keras
 import numpy as np
@@ -11,10 +15,14 @@ import tensorflow as tf
 
 from tf_frobreg.checks import check_integer, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.descent.algorithm_3_1 import regularize_kernel
+from tf_frobreg.convolution.isometric_patch import isometric_patch
+from tf_frobreg.descent.algorithm_3_1 import StopReason, regularize_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 
 __all__ = ["FrobeniusInitializer"]
+
+# Kernels of initializers that exist, by all that determines them.
+COMPUTED: WeakValueDictionary[tuple, np.ndarray] = WeakValueDictionary()
 
 
 @keras.saving.register_keras_serializable(package="tf_frobreg")
@@ -24,16 +32,15 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
     The descent stops if the singular values of M are within `tolerance` of √α. It starts from a random
     orthogonal matrix in the centre tap (a delta-orthogonal kernel, all of whose σ are √α), plus normal noise
     in all taps. With strides the matrix fills as many taps as the strides pass over. The kernels that it
-    reaches use all taps. From a normal start alone, kernels with as many filters as channels mostly end in a
-    local minimum.
+    reaches use all taps.
 
-    Two kinds of kernels can miss the tolerance, and the layer then gets the nearest kernel found.
+    A layer whose kernel misses the tolerance gets the best kernel found, and a warning says so. This happens
+    if no kernel of the geometry reaches √α: for example with padding="valid", more filters than
+    strides² · channels and a kernel larger than the stride, because too few taps read the border pixels.
 
-    - Some channel of a depthwise kernel often ends in a local minimum with σmin = 0. With "same" padding and
-      stride 1, this happened with 18 of 20 seeds for 3×3×8 at 16×16. Kernels of `Conv1D` with as many
-      filters as channels end there more rarely (3 of 20 seeds for 3×8×8 at 16). Check σ of such a layer.
-    - With padding="valid", more filters than strides² · channels, and a kernel larger than the stride, no
-      kernel reaches the tolerance, because the border pixels are read by too few taps.
+    A kernel is computed once. A copy of the initializer made from its configuration, as in a cloned model,
+    has the same seed and uses the kernel again while the first initializer exists. When Keras loads a model,
+    whose weights replace the start, there is no descent.
 
     Args:
         input_size: Spatial size of the layer's input, an int or one int per axis. () for `Dense`.
@@ -43,7 +50,7 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
         tolerance: Largest accepted max(|σmax − √α|, |σmin − √α|), equation (1.1).
         max_steps: Maximal number of steps of the descent.
         seed: Seed of the random start. None draws a seed, which `keras.utils.set_random_seed` controls.
-            Layers that share an initializer get the same start.
+            Layers that share an initializer get the same start, and copies made from `get_config` too.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind` of the layer, as for
             `tf_frobreg.Convolution`.
 
@@ -69,7 +76,7 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
         *,
         noise: float = 1.0,
         tolerance: float = 0.05,
-        max_steps: int = 200,
+        max_steps: int = 1000,
         seed: int | None = None,
         **geometry: Unpack[Geometry],
     ) -> None:
@@ -77,9 +84,9 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
         self.noise = check_number("noise", noise)
         self.tolerance = check_number("tolerance", tolerance)
         self.max_steps = check_integer("max_steps", max_steps, minimum=0)
-        self.seed = None if seed is None else check_integer("seed", seed, minimum=0)
+        self.seed = random.randrange(2**31) if seed is None else check_integer("seed", seed, minimum=0)
         self.take_geometry(input_size, geometry)
-        self._drawn = random.randrange(2**31) if self.seed is None else self.seed
+        self._kernels: list[np.ndarray] = []  # keeps them in COMPUTED
 
     def __call__(self, shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         """Returns a kernel of that shape.
@@ -97,36 +104,56 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
         conv = self.convolution(shape)
         if not tf.as_dtype(dtype or "float32").is_floating:
             raise TypeError(f"dtype must be one of floats. Received: dtype={dtype!r}")
-        kernel = conv.from_groups(self._start(conv), np).astype("float32" if dtype is None else "float64")
-        result = regularize_kernel(
-            kernel,
-            conv.input_size,
+        precision = "float32" if dtype is None else "float64"
+        if _keras_is_loading_a_model():
+            kernel = self._start(conv, precision)
+        else:
+            kernel = self._kernel(conv, precision)
+        return tf.cast(kernel, dtype or "float32")
+
+    def _kernel(self, conv: Convolution, precision: str) -> np.ndarray:
+        """Returns the kernel that this initializer, or an equal one, computed before. Computes a new one."""
+        key = (conv, self.alpha, self.noise, self.tolerance, self.max_steps, self.seed, precision)
+        kernel = COMPUTED.get(key)
+        if kernel is None:
+            kernel = COMPUTED[key] = self._descend(conv, precision)
+        if not any(kernel is known for known in self._kernels):
+            self._kernels.append(kernel)
+        return kernel
+
+    def _descend(self, conv: Convolution, precision: str) -> np.ndarray:
+        """Returns the kernel that the descent reaches. Warns if it misses the tolerance."""
+        descend = functools.partial(
+            regularize_kernel,
+            input_size=conv.input_size,
             alpha=self.alpha,
             tolerance=self.tolerance,
-            max_steps=self.max_steps,
             **conv.geometry,
         )
-        return tf.cast(result.kernel, dtype or "float32")
+        result = descend(self._start(conv, precision), max_steps=self.max_steps, measure="never")
+        if result.reason is StopReason.MAX_STEPS:
+            # The bound that decides without a measurement can miss what a measurement shows.
+            result = descend(result, max_steps=0)
+        if not result.converged and self.tolerance > 0:
+            warnings.warn(
+                f"the kernel of shape {conv.kernel_shape} misses tolerance={self.tolerance}: "
+                f"{result.reason.value}",
+                stacklevel=2,
+            )
+        return result.kernel
 
-    def _start(self, conv: Convolution) -> np.ndarray:
-        """Returns a random delta-orthogonal kernel plus noise, of shape (*kernel_size, groups, g, h)."""
-        draw = np.random.RandomState(self._drawn).standard_normal
+    def _start(self, conv: Convolution, precision: str) -> np.ndarray:
+        """Returns a random delta-orthogonal kernel plus noise."""
+        draw = np.random.RandomState(self.seed).standard_normal
         groups, g, h = conv.blocks
         deviation = self.noise * (self.alpha / (math.prod(conv.kernel_size) * max(g, h))) ** 0.5
         blocks = deviation * draw((*conv.kernel_size, groups, g, h))
-        # With as many taps on each axis as its stride, exactly one output reads each input.
-        counts = [min(axis.stride, axis.kernel_size) for axis in conv.axes]
-        firsts = [
-            (axis.kernel_size - count) // 2 if axis.padding == "valid" else axis.pad // axis.dilation
-            for axis, count in zip(conv.axes, counts, strict=True)
-        ]
-        rows = math.prod(counts) * g
+        patch = isometric_patch(conv)
+        _, rows, _ = patch.matrix_shape
         size = max(rows, h)
         orthogonal = np.linalg.qr(draw((groups, size, size)))[0][:, :rows, :h]
-        patch = np.moveaxis(orthogonal.reshape(groups, *counts, g, h), 0, -3)
-        taps = tuple(slice(first, first + count) for first, count in zip(firsts, counts, strict=True))
-        blocks[taps] += self.alpha**0.5 * patch
-        return blocks
+        blocks += self.alpha**0.5 * patch.place(orthogonal)
+        return conv.from_groups(blocks, np).astype(precision)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
@@ -138,3 +165,11 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
             "seed": self.seed,
             **self.geometry_config(),
         }
+
+
+def _keras_is_loading_a_model() -> bool:
+    """Returns whether `keras.saving.load_model` called this. It then replaces all weights."""
+    return any(
+        frame.f_code.co_name == "load_model" and frame.f_globals.get("__name__", "").startswith("keras.")
+        for frame, _ in traceback.walk_stack(None)
+    )

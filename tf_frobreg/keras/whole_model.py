@@ -11,7 +11,8 @@ import numpy as np
 from tf_frobreg.checks import check_flag, check_number
 from tf_frobreg.convolution.geometry import Size
 from tf_frobreg.descent.algorithm_3_1 import DescentResult, regularize_kernel
-from tf_frobreg.keras.read_layers import read_kernels
+from tf_frobreg.keras.read_layers import LayerKernel, read_kernels
+from tf_frobreg.keras.regularizers import FrobeniusRegularizer, regularizer_parts
 from tf_frobreg.keras.reports import aligned_lines
 from tf_frobreg.keras.select_kernels import Selection, select_kernels
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, report_kernel
@@ -104,6 +105,8 @@ class ModelDescent:
     Attributes:
         results: The `DescentResult` of each kernel, by the kernel's name.
         left_out: Why other kernels and layers were left as they were, by their names.
+        alphas: α of each kernel's descent.
+        changes: How far each kernel moved: ‖K' − K‖_F / ‖K‖_F, with K before and K' after the descent.
 
     Example:
         >>> model = keras.Sequential([
@@ -111,7 +114,7 @@ class ModelDescent:
         ...     keras.layers.Dense(2, name="top")])
         >>> descent = regularize_model(model, exclude="top", max_steps=1, tolerance=0.5)
         >>> print(descent)
-        conv  R ... → ..., σ ... … ..., 1 step, ...converged: ...
+        conv  R ... → ..., σ ... … ..., 1 step, moved ...%, ...converged: ...
         top   - excluded
         >>> list(descent.results), descent.left_out
         (['conv'], {'top': 'excluded'})
@@ -119,6 +122,8 @@ class ModelDescent:
 
     results: dict[str, DescentResult]
     left_out: dict[str, str]
+    alphas: dict[str, float] = dataclasses.field(default_factory=dict)
+    changes: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def converged(self) -> bool:
@@ -126,28 +131,29 @@ class ModelDescent:
         return all(result.converged for result in self.results.values())
 
     def __str__(self) -> str:
-        lines = {name: _describe(result) for name, result in self.results.items()}
+        lines = {name: _describe(result, self.changes.get(name)) for name, result in self.results.items()}
         return aligned_lines(lines, self.left_out)
 
 
-def _describe(result: DescentResult) -> str:
+def _describe(result: DescentResult, change: float | None) -> str:
     """Returns a descent in one line."""
     before, after = result.history["penalty"][0], result.penalty
     high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
+    moved = "" if change is None else f"moved {change:.0%}, "
     return (
         f"R {before:.4g} → {after:.4g}, σ {low:.4g} … {high:.4g}, "
-        f"{result.num_steps} step{'' if result.num_steps == 1 else 's'}, {result.reason.value}"
+        f"{result.num_steps} step{'' if result.num_steps == 1 else 's'}, {moved}{result.reason.value}"
     )
 
 
 def regularize_model(
     model: keras.layers.Layer,
     *,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     padding: str | None = None,
-    max_steps: int = 200,
+    max_steps: int = 1000,
     tolerance: float = 0.01,
     input_size: Size | None = None,
     callback: Callable[[str, int, np.ndarray, float], bool | None] | None = None,
@@ -157,19 +163,19 @@ def regularize_model(
     measure: str = "rarely",
     gradient: str | None = None,
     method: str = "closed_form",
+    escape: bool = True,
 ) -> ModelDescent:
     """Runs Algorithm 3.1 on every kernel of a built model, and changes the model in place.
 
     Before training, it makes each layer nearly an isometry of its images. After training, it repairs layers
     whose singular values have drifted. This ignores the training loss. Accuracy may drop; check it on your
-    data. Frozen layers are regularized too.
-
-    From a normal start, the descent of a kernel with as many filters as channels can end in a local minimum.
-    `FrobeniusInitializer` gives a new layer a start without them.
+    data. A gentler way leaves the head out, or bounds σmax alone with `clip_singular_values`. Frozen layers
+    are regularized too.
 
     Args:
         model: A built Keras model or layer: Sequential, Functional or subclassed. Nested ones are included.
-        alpha: α, the target of σ². Positive.
+        alpha: α, the target of σ². Positive. None takes α of each kernel's own Frobenius penalty, and 1 for
+            kernels without one.
         include: Which kernels to regularize: a name, a layer, a layer class, a function of the layer, or a
             list of these. Names may contain wildcards (`"block*"`). The default is all kernels.
         exclude: Which of these to leave as they are, in the same form.
@@ -184,9 +190,10 @@ def regularize_model(
         direction: "gradient" or "conjugate". The default is "conjugate" with "exact", and "gradient"
             otherwise.
         gradient_tolerance: Stop a descent if ‖∂R_α/∂K‖_F is at most this. 0 disables it.
-        measure: How often σ is measured, "rarely" or "often".
+        measure: How often σ is measured, "never", "rarely" or "often".
         gradient: Older spelling of two methods: "theorem" for the default, "tape" for `method="tape"`.
         method: How R_α and its gradient are computed: "closed_form", "sparse" or "tape".
+        escape: Whether "exact" steps leave local minima at which some σ stay near 0.
 
     Returns:
         A `ModelDescent` with the `DescentResult` of each kernel. Every kernel has the value that its descent
@@ -219,15 +226,17 @@ def regularize_model(
             )
         else:
             kernels.append(kernel.with_padding(padding))
-    results, stop = {}, _StopRequest(callback)
+    descent, stop = ModelDescent({}, left_out), _StopRequest(callback)
     for kernel in kernels:
         if stop.requested:
             left_out[kernel.name] = "the callback stopped before it"
             continue
-        results[kernel.name] = regularize_kernel(
-            kernel.value,
+        before = kernel.value
+        alpha_here = _alpha_of_penalty(kernel) if alpha is None else alpha
+        result = regularize_kernel(
+            before,
             kernel.conv.input_size,
-            alpha=alpha,
+            alpha=alpha_here,
             learning_rate=learning_rate,
             direction=direction,
             max_steps=max_steps,
@@ -236,11 +245,24 @@ def regularize_model(
             measure=measure,
             gradient=gradient,
             method=method,
+            escape=escape,
             callback=stop.callback_of(kernel.name),
             **kernel.conv.geometry,
         )
-        kernel.variable.assign(results[kernel.name].kernel)
-    return ModelDescent(results, left_out)
+        kernel.variable.assign(result.kernel)
+        size = np.linalg.norm(before)
+        descent.results[kernel.name] = result
+        descent.alphas[kernel.name] = alpha_here
+        descent.changes[kernel.name] = (
+            float(np.linalg.norm(result.kernel - before) / size) if size else np.inf
+        )
+    return descent
+
+
+def _alpha_of_penalty(kernel: LayerKernel) -> float:
+    """Returns α of the kernel's Frobenius penalty, or 1 if it has none."""
+    parts = regularizer_parts(getattr(kernel.layer, kernel.regularizer))
+    return next((part.alpha for part in parts if isinstance(part, FrobeniusRegularizer)), 1.0)
 
 
 class _StopRequest:

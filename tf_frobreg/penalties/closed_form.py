@@ -12,7 +12,7 @@ optimum. MMᵀ has the same form with outputs in place of inputs. The code uses 
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, reduce
+from functools import lru_cache
 
 import numpy as np
 import tensorflow as tf
@@ -20,7 +20,12 @@ import tensorflow as tf
 from tf_frobreg.checks import check_memory
 from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution, Side
-from tf_frobreg.penalties.coincidence_classes import Coincidences, coincidences, joint_members
+from tf_frobreg.penalties.coincidence_classes import (
+    Coincidences,
+    coincidences,
+    joint_members,
+    rows_of_classes,
+)
 
 # Up to this many entries one combined member matrix is faster than two, which move the blocks twice.
 COMBINED = 4096
@@ -38,7 +43,9 @@ def closed_form(conv: Convolution) -> "ClosedForm":
     side: Side = "input" if num_inputs <= num_outputs else "output"
     gram_size = min(num_inputs, num_outputs)
     # No tap meets the image of, for example, a single pixel under an even kernel with dilation 2.
-    return ClosedForm(conv, side, gram_size, _build_parts(axes, side) if gram_size else ())
+    parts = _build_parts(axes, side) if gram_size else ()
+    other_rows = np.atleast_2d(_kronecker(rows_of_classes(axis, side) for axis in axes[1:]))
+    return ClosedForm(conv, side, gram_size, parts, other_rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,11 +59,16 @@ class Part:
             belongs to the class, which has n places, and 0 otherwise.
         target: `(joint classes,)`, √(2n) for classes on the diagonal of all axes and 0 for others. None for
             the part off the diagonal.
+        weights: `(joint classes,)`, √(2n) for all classes.
+        rows: `(different rows, classes)`, how often each class of the first axis occurs in a row of the first
+            axis' Gram matrix.
     """
 
     pairs: np.ndarray
     members: tuple[np.ndarray, ...]
     target: np.ndarray | None
+    weights: np.ndarray
+    rows: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,12 +82,14 @@ class ClosedForm:
         gram_size: Number of rows of Gram. The rank of M is at most this number, for every kernel.
         parts: The classes. Two classes that are each other's transpose on the first axis are counted once,
             with 2n places.
+        other_rows: `rows` of the parts for all axes except the first together.
     """
 
     conv: Convolution
     side: Side
     gram_size: int
     parts: tuple[Part, ...]
+    other_rows: np.ndarray
 
     def value(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
         """Returns ‖Gram − αI‖²_F, twice differentiable.
@@ -102,6 +116,31 @@ class ClosedForm:
             return tf.zeros((), kernel.dtype), tf.zeros_like(kernel)
         taps, residuals = self._residuals(kernel, alpha)
         return _half_squares(residuals), self._gradient(taps, residuals)
+
+    def value_by_group(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
+        """Returns the part of `value` that each group of the convolution adds, `(groups,)`."""
+        if not self.parts:
+            return tf.zeros(self.conv.blocks[0], kernel.dtype)
+        _, residuals = self._residuals(kernel, alpha)
+        return tf.add_n([0.5 * tf.reduce_sum(residual**2, axis=(0, 2, 3)) for residual in residuals])
+
+    def deviation_bound(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
+        """Returns an upper bound on ‖Gram − αI‖₂, the largest |σ² − α|.
+
+        The norm of a symmetric block matrix is at most its largest row sum of block norms. The norm of a
+        block B is at most ‖BBᵀBBᵀ‖_F^¼. The cost does not depend on the image size.
+        """
+        if not self.parts:
+            return tf.zeros((), tf.float64)
+        _, residuals = self._residuals(kernel, alpha)
+        sums = []  # of each part: (rows of the first axis, rows of the others, groups)
+        for part, residual in zip(self.parts, residuals, strict=True):
+            blocks = tf.cast(residual, tf.float64) / part.weights[:, None, None, None]
+            squares = tf.matmul(blocks, blocks, transpose_b=True)
+            norms = tf.norm(tf.matmul(squares, squares), axis=(-2, -1)) ** 0.25
+            norms = tf.reshape(norms, (part.rows.shape[1], self.other_rows.shape[1], -1))
+            sums.append(tf.einsum("ac,bd,cdg->abg", part.rows, self.other_rows, norms))
+        return tf.reduce_max(tf.add_n(sums))
 
     def line(self, kernel: tf.Tensor, direction: tf.Tensor, alpha: float) -> list[tf.Tensor]:
         """Returns [c1, c2, c3, c4] of ‖Gram(K + tD) − αI‖²_F = value + c1 t + c2 t² + c3 t³ + c4 t⁴.
@@ -180,7 +219,8 @@ class ClosedForm:
                 for index, product in zip(indices, products, strict=True):
                     addends[index].append(product)
         unused = tf.zeros((groups, rest * g, h), residual.dtype)  # for taps that never meet the image
-        total = tf.stack([tf.add_n(products) if products else unused for products in addends])
+        # The order in which tf.add_n adds depends on timing, and so would the last digit.
+        total = tf.stack([tf.reduce_sum(products, axis=0) if products else unused for products in addends])
         total = tf.transpose(tf.reshape(total, (len(addends), groups, rest, g, h)), (0, 2, 1, 3, 4))
         if self.side == "output":
             total = tf.linalg.matrix_transpose(total)
@@ -226,27 +266,41 @@ def _build_parts(axes: Sequence[Axis], side: Side) -> tuple[Part, ...]:
     joint = joint_members(rest, [axis.kernel_size for axis in axes[1:]])
     joint = joint * np.sqrt(_kronecker(c.counts for c in rest))[:, None]
     on_diagonal = _kronecker(c.diagonal for c in rest)
-    return tuple(_build_part(first, d, joint, on_diagonal) for d in (True, False) if d in first.diagonal)
+    rows = rows_of_classes(axes[0], side, half=True)
+    return tuple(
+        _build_part(first, rows, d, joint, on_diagonal) for d in (True, False) if d in first.diagonal
+    )
 
 
-def _build_part(first: Coincidences, diagonal: bool, joint: np.ndarray, on_diagonal: np.ndarray) -> Part:
+def _build_part(
+    first: Coincidences, rows: np.ndarray, diagonal: bool, joint: np.ndarray, on_diagonal: np.ndarray
+) -> Part:
     """Returns one part, from the first axis and the weighted members of all other axes."""
     chosen = first.diagonal == diagonal
     pairs = first.members[chosen].any(axis=0)
     members = first.members[chosen][:, pairs] * np.sqrt(2 * first.counts[chosen])[:, None]
     target = np.kron(members.max(axis=1), joint.max(axis=1) * on_diagonal) if diagonal else None
+    weights = np.kron(members.max(axis=1), joint.max(axis=1))
     combine = members.size * joint.size <= COMBINED
-    return Part(first.pairs[pairs], (np.kron(members, joint),) if combine else (members, joint), target)
+    matrices = (np.kron(members, joint),) if combine else (members, joint)
+    return Part(first.pairs[pairs], matrices, target, weights, rows[:, chosen])
 
 
-def _kronecker(vectors: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the Kronecker product of the vectors."""
-    return reduce(np.kron, vectors, np.ones(1, dtype=np.int64))
+def _kronecker(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Returns the Kronecker product of vectors or of matrices. That of no array is 1."""
+    product = np.ones(1)
+    for array in arrays:
+        product = np.kron(product, array)
+    return product
 
 
 def _class_sums(part: Part, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
     """Returns √(2n) Σ left[p, q] right[r, s]ᵀ over the pairs of each class, (classes, groups, g, g)."""
-    products = tf.matmul(left[:, :, None], right[:, None], transpose_b=True)
+    left, right = left[:, :, None], right[:, None]
+    if left.shape[-2] == 1:  # depthwise: many products of single numbers, which matmul multiplies slowly
+        products = tf.reduce_sum(left * right, axis=-1, keepdims=True)
+    else:
+        products = tf.matmul(left, right, transpose_b=True)
     return tf.reshape(_apply_kronecker(part.members, products), (-1, *products.shape[-3:]))
 
 

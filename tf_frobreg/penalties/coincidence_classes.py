@@ -72,6 +72,29 @@ def coincidences(axis: Axis, side: Side, *, half: bool = False) -> Coincidences:
     )
 
 
+@lru_cache(maxsize=1024)
+def rows_of_classes(axis: Axis, side: Side, *, half: bool = False) -> np.ndarray:
+    """Returns how often each class of `coincidences` occurs in a row of one axis' Gram matrix.
+
+    Returns:
+        `(different rows, classes)` floats.
+    """
+    classes = coincidences(axis, side, half=half)
+    number = {
+        tuple(map(tuple, classes.pairs[row].tolist())): count for count, row in enumerate(classes.members)
+    }
+    rows: dict[int, Counter[int]] = defaultdict(Counter)
+    for c, where in _places_by_class(axis.shortened(), side).items():
+        if c not in number:  # the transpose of a class that stands for both
+            c = tuple(sorted((r, p) for p, r in c))
+        for i, _ in where:
+            rows[i][number[c]] += 1
+    table = np.zeros((len(rows), len(number)))
+    for row, counts in zip(table, rows.values(), strict=True):
+        row[list(counts.keys())] = list(counts.values())
+    return np.unique(table, axis=0)
+
+
 def places(axis: Axis, side: Side) -> np.ndarray:
     """Returns a row (i, j, class) per place of one axis' Gram matrix, with the classes of `coincidences`."""
     classes = coincidences(axis, side)
@@ -103,17 +126,15 @@ def count_places(axis: Axis, side: Side) -> Counter[Class]:
 def _count_classes(axis: Axis, side: Side) -> dict[Class, int]:
     """Returns what `count_places` returns, at a cost that does not depend on the axis' length.
 
-    An axis longer than a few kernel widths only repeats its interior, with the period of the stride. The
-    counts grow linearly, so two short axes determine the counts of a long one.
+    The counts of a long axis grow linearly in its length, so two short axes determine them.
     """
-    period = axis.stride
-    short = 2 * axis.span + 2 * period
-    repeats = (axis.input_size - short) // period
-    if repeats <= 1:
+    short = axis.shortened()
+    if short == axis:
         return count_places(axis, side)
-    base_size = axis.input_size - repeats * period
+    repeats = (axis.input_size - short.input_size) // axis.stride
     base, longer = (
-        count_places(dataclasses.replace(axis, input_size=base_size + extra), side) for extra in (0, period)
+        count_places(dataclasses.replace(short, input_size=short.input_size + extra), side)
+        for extra in (0, axis.stride)
     )
     return {c: base[c] + repeats * (n - base[c]) for c, n in longer.items()}
 

@@ -66,6 +66,14 @@ class FrobeniusPenalty:
             return self.value(kernel) - self.floor
         return self._closed_form.value(kernel, self.alpha)
 
+    def excess_by_group(self, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns the part of R_α − floor that each group adds, `(groups,)`, by the closed form."""
+        return self._closed_form.value_by_group(kernel, self.alpha)
+
+    def deviation_bound(self, kernel: tf.Tensor) -> tf.Tensor:
+        """Returns an upper bound on |σ² − α| for all σ that count in the excess, by the closed form."""
+        return self._closed_form.deviation_bound(kernel, self.alpha)
+
     def excess_and_gradient(self, kernel: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (R_α − floor, ∂R_α/∂K), computed without a tape."""
         if self.method == "sparse":
