@@ -19,8 +19,8 @@ from rich.progress import Progress
 SEEDS = 5
 
 
-def study_parser(description: str) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all studies have."""
+def study_parser(description: str, seeds: int = SEEDS) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all studies have. `seeds` is the default of --seeds."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,7 +30,8 @@ def study_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-dir", help="directory with the .gz files of Fashion-MNIST (default: keras.datasets)"
     )
-    parser.add_argument("--seeds", type=int, help=f"runs per setting (default: {SEEDS}; 1 with --quick)")
+    parser.add_argument("--seeds", type=int, help=f"runs per setting (default: {seeds}; 1 with --quick)")
+    parser.set_defaults(usual_seeds=seeds)
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count(), help="runs at the same time (default: one per core)"
     )
@@ -43,7 +44,7 @@ def study_files(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
 
     Checks the options and creates the directory.
     """
-    usual = 1 if options.quick else SEEDS
+    usual = 1 if options.quick else options.usual_seeds
     options.seeds = usual if options.seeds is None else options.seeds
     for number in ("seeds", "processes"):
         if getattr(options, number) < 1:
@@ -62,7 +63,11 @@ def study_files(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
 
 
 def run_all(
-    function: Callable, jobs: list[dict], path: Path, options: argparse.Namespace
+    function: Callable,
+    jobs: list[dict],
+    path: Path,
+    options: argparse.Namespace,
+    runs_per_process: int = 20,
 ) -> list[dict[str, str]]:
     """Runs `function(data_dir, **job)` for each job without a row in the file. Returns the rows of all jobs.
 
@@ -79,10 +84,10 @@ def run_all(
         raise SystemExit(str(error)) from error
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(path.stem, total=len(jobs), completed=len(jobs) - len(todo))
-        # One run per core takes less time than one run on all cores. Processes are replaced after 20 runs
+        # One run per core takes less time than one run on all cores. Processes are replaced after some runs
         # because Keras keeps a little memory of each model.
         context = multiprocessing.get_context("spawn")
-        with context.Pool(options.processes, _on_one_core, maxtasksperchild=20) as pool:
+        with context.Pool(options.processes, _on_one_core, maxtasksperchild=runs_per_process) as pool:
             tasks = [(function, options.data_dir, job) for job in todo]
             try:
                 for job, result in pool.imap_unordered(_call, tasks):

@@ -137,7 +137,12 @@ def train(data_dir, activation, depth, method, rate, factor, seed, epochs, image
     model = build(depth, activation, start, penalty, factor)
     if border:
         regularize_model(
-            model, alpha=ALPHA[activation], include=keras.layers.Conv2D, padding=border, max_steps=60
+            model,
+            alpha=ALPHA[activation],
+            include=keras.layers.Conv2D,
+            padding=border,
+            max_steps=60,
+            escape=False,  # as in the runs of examples/results, which are older than escapes
         )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     decay = keras.optimizers.schedules.CosineDecay(rate * RATE_DEPTH / depth, epochs * len(x) // 100)

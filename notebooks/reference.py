@@ -84,6 +84,7 @@ GROUPS = {
             "ExtremeSingularValues",
             "KernelSpectrum",
             "DescentResult",
+            "Escape",
             "StopReason",
             "ModelDescent",
             "AttachReport",

@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("script", ["closed_form.py", "descent.py", "spectrum.py", "overhead.py", "calls.py"])
+@pytest.mark.parametrize(
+    "script", ["closed_form.py", "descent.py", "spectrum.py", "overhead.py", "calls.py", "whole_models.py"]
+)
 def test_benchmark_prints_its_tables(script):
     options = {"closed_form.py": ["--quick", "--largest", "64"], "calls.py": []}.get(script, ["--quick"])
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), *options]
@@ -20,6 +22,7 @@ def test_benchmark_prints_its_tables(script):
         "closed_form.py": ("3×3×16×16", "512×512"),
         "descent.py": ("3×3×6×3", "3×3×64×64"),
         "overhead.py": ("ResNet50", "DenseNet121"),
+        "whole_models.py": ("MobileNetV2", "96×96"),
         "spectrum.py": ("16×16", "regularized", "MB the whole process"),
     }
     for title in titles[script]:

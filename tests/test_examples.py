@@ -17,7 +17,8 @@ import pytest
 from tf_frobreg.cli import main
 
 ROOT = Path(__file__).parents[1]
-STUDIES = ["study_deep", "study_generalization", "study_factor"]
+STUDIES = ["study_deep", "study_generalization", "study_factor", "landscape"]
+RESULTS = ROOT / "examples" / "results"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 pytestmark = pytest.mark.slow
 with_data = pytest.mark.skipif(
@@ -176,7 +177,7 @@ def test_stopped_study_keeps_its_runs(tmp_path):
 
 
 def test_study_of_fewer_seeds_replaces_no_figure(tmp_path):
-    shutil.copy(ROOT / "examples" / "results" / "study_factor.csv", tmp_path)
+    shutil.copy(RESULTS / "study_factor.csv", tmp_path)
     run("study_factor.py", "--seeds", 4, "--data-dir", tmp_path, "--output-dir", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"study_factor.csv", "study_factor_4_seeds.png"}
 
@@ -201,14 +202,40 @@ def test_study_says_what_is_wrong(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "figure", sorted((ROOT / "examples" / "results").glob("study_*.png")), ids=lambda path: path.stem
+    ("study", "figure"),
+    [(study, figure.name) for study in STUDIES for figure in sorted(RESULTS.glob(f"{study}*.png"))],
 )
-def test_results_are_of_the_study_as_it_stands(figure, tmp_path):
-    study = next(study for study in STUDIES if figure.stem.startswith(study))
-    shutil.copy(figure.with_name(f"{study}.csv"), tmp_path)
+def test_results_are_of_the_study_as_it_stands(study, figure, tmp_path):
+    shutil.copy(RESULTS / f"{study}.csv", tmp_path)
     runs = (tmp_path / f"{study}.csv").read_bytes()
     run(
         f"{study}.py", "--data-dir", tmp_path, "--output-dir", tmp_path
     )  # would miss the data, did it run anything
     assert (tmp_path / f"{study}.csv").read_bytes() == runs
-    assert (tmp_path / figure.name).exists()
+    assert (tmp_path / figure).exists()
+
+
+@with_data
+def test_landscape_converges_from_every_start(tmp_path):
+    run("landscape.py", "--quick", "--data-dir", FASHION_MNIST, "--output-dir", tmp_path)
+    with (tmp_path / "landscape_quick.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    escaping = [row for row in rows if row["method"] == "escaping"]
+    assert len(escaping) == 40  # 4 kinds, 5 distributions, 2 α
+    assert all(row["converged"] == "1" for row in escaping)
+    plain = [row for row in rows if row["method"] == "plain"]
+    assert len(plain) == 4
+    assert not all(row["converged"] == "1" for row in plain)
+
+
+def test_landscape_results_are_what_the_package_claims():
+    with (RESULTS / "landscape.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    escaping = [row for row in rows if row["method"] == "escaping"]
+    assert len(escaping) >= 1000
+    assert len({row["kind"] for row in escaping}) >= 25
+    assert {row["start"] for row in escaping} == {"normal", "uniform", "He", "Glorot", "trained"}
+    assert all(row["converged"] == "1" for row in escaping)
+    steps = [int(row["steps"]) for row in escaping]
+    assert np.median(steps) <= 200
+    assert max(steps) <= 800

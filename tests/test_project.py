@@ -19,6 +19,7 @@ NOT_IN_README = {
     *WITHOUT_OWN_EXAMPLE,
     "AttachReport",
     "DescentResult",
+    "Escape",
     "Geometry",
     "ModelDescent",
 }

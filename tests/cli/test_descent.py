@@ -94,6 +94,22 @@ def test_regularize_passes_the_geometry_on(tmp_path, run):
     np.testing.assert_allclose(np.load(output), expected.kernel, rtol=1e-14)
 
 
+def test_regularize_says_at_which_steps_it_escaped(tmp_path, run):
+    kernel = np.random.RandomState(0).randn(3, 3, 1, 1) / 3  # ends in a local minimum
+    np.save(tmp_path / "kernel.npy", kernel)
+    options = ["--input-size", 20, "--output", tmp_path / "new.npy"]
+    status, printed = run("regularize", tmp_path / "kernel.npy", *options)
+    assert status == 0
+    (escape,) = regularize_kernel(kernel, 20).escapes
+    assert f", escaped from a local minimum at step {escape.step}\n" in printed.out
+    status, printed = run("regularize", tmp_path / "kernel.npy", *options, "--force", "--no-escape")
+    assert status == 1
+    assert "not converged" in printed.out
+    assert "escaped" not in printed.out
+    plain = regularize_kernel(kernel, 20, escape=False)
+    np.testing.assert_allclose(np.load(tmp_path / "new.npy"), plain.kernel, rtol=1e-12)
+
+
 def test_ctrl_c_keeps_what_was_reached(kernel, tmp_path, run, monkeypatch):
     def interrupted(*arguments, callback, **options):
         def press(step, kernel, penalty):

@@ -1,14 +1,55 @@
 """The command `regularize` on a model."""
 
 import csv
+import re
+import signal
 
 import keras
 import numpy as np
 import pytest
 from small_models import named_model
 
-from tf_frobreg import model_spectrum
+import tf_frobreg.cli.terminal
+from tf_frobreg import attach_regularizers, model_spectrum
 from tf_frobreg.cli import main
+from tf_frobreg.cli.descent import LOSS_IGNORED, MOVED_FAR
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    """A model in a file of its own. α of its penalties is 2, and "top" has none."""
+    model = named_model()
+    attach_regularizers(model, alpha=2.0, exclude="top")
+    (tmp_path / "models").mkdir()
+    path = tmp_path / "models" / "model.keras"
+    model.save(path)
+    return path
+
+
+@pytest.fixture
+def depthwise_file(tmp_path):
+    """A model whose only kernel escapes from a local minimum."""
+    keras.utils.set_random_seed(3)
+    layer = keras.layers.DepthwiseConv2D(3, padding="same", name="depthwise")
+    path = tmp_path / "depthwise.keras"
+    keras.Sequential([keras.Input((12, 12, 8)), layer]).save(path)
+    return path
+
+
+def table(printed):
+    """The rows of the printed table: cells by the name of the column, by the name of the kernel."""
+    lines = [
+        line.split()
+        for line in printed.replace("R before", "R_before").replace("R after", "R_after").splitlines()
+    ]
+    start = next(number for number, line in enumerate(lines) if line[:1] == ["kernel"])
+    rows = {}
+    for cells in lines[start + 2 :]:
+        if not cells:
+            break
+        count = len(lines[start]) - 1
+        rows[cells[0]] = dict(zip(lines[start], [*cells[:count], " ".join(cells[count:])], strict=True))
+    return rows
 
 
 @pytest.mark.slow
@@ -23,7 +64,7 @@ def test_from_the_shell(ending, tmp_path, capfd):
     before = source.read_bytes()
     outputs = ["--output", target, "--history", tmp_path / "history.csv", "--plot", tmp_path / "plot.png"]
     assert main(["regularize", *map(str, [source, *outputs])]) == 0
-    assert "conv     R " in capfd.readouterr().out
+    assert list(table(capfd.readouterr().out)) == ["conv", "strided", "top"]
     assert source.read_bytes() == before
     new = keras.saving.load_model(target)
     if ending == ".keras":
@@ -70,3 +111,213 @@ def test_a_model_whose_loss_is_not_known_is_taken_without(tmp_path, capfd):
     arguments = [tmp_path / "model.keras", "--output", tmp_path / "new.keras", "--max-steps", 3]
     assert main(["regularize", *map(str, arguments)]) == 1
     assert "The optimizer and losses could not be loaded" in capfd.readouterr().out
+
+
+def test_alpha_is_that_of_the_penalties_in_the_file(model_file, tmp_path, run):
+    status, printed = run("regularize", model_file, "--output", tmp_path / "new.keras")
+    assert status == 0
+    rows = table(printed.out)
+    assert {name: row["α"] for name, row in rows.items()} == {"conv": "2", "strided": "2", "top": "1"}
+    new = keras.saving.load_model(tmp_path / "new.keras")
+    for row, target in zip(model_spectrum(new), (2**0.5, 2**0.5, 1.0), strict=True):
+        assert abs(row.extremes.sigma_max - target) <= 0.0101
+        assert abs(row.extremes.sigma_min - target) <= 0.0101
+    assert new.get_layer("conv").kernel_regularizer.alpha == 2.0  # the penalty stays
+
+
+def test_alpha_on_the_command_line_comes_first(model_file, tmp_path, run):
+    status, printed = run("regularize", model_file, "--alpha", 0.5, "--output", tmp_path / "new.keras")
+    assert status == 0
+    assert {row["α"] for row in table(printed.out).values()} == {"0.5"}
+    for row in model_spectrum(keras.saving.load_model(tmp_path / "new.keras")):
+        assert abs(row.extremes.sigma_max - 0.5**0.5) <= 0.0101
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels", "left_out"),
+    [
+        (["--exclude", "top"], ["conv", "strided"], {"top": "excluded"}),
+        (["--exclude", "top", "--exclude", "conv"], ["strided"], {"conv": "excluded", "top": "excluded"}),
+        (["--include", "top"], ["top"], {"conv": "not included", "strided": "not included"}),
+        (["--include", "top", "--include", "c*"], ["conv", "top"], {"strided": "not included"}),
+        (
+            ["--include", "*t*", "--exclude", "s*"],
+            ["top"],
+            {"conv": "not included", "strided": "excluded"},
+        ),
+    ],
+)
+def test_selected_kernels_change_and_the_others_stay(options, kernels, left_out, model_file, tmp_path, run):
+    status, printed = run("regularize", model_file, *options, "--output", tmp_path / "new.keras")
+    assert status == 0
+    assert list(table(printed.out)) == kernels
+    for name, reason in left_out.items():
+        assert f"\n{name}: left as it is ({reason})\n" in printed.out
+    assert printed.out.count("left as it is") == len(left_out)
+    before, after = (keras.saving.load_model(path) for path in (model_file, tmp_path / "new.keras"))
+    for name in ("conv", "strided", "top"):
+        changed = np.any(np.asarray(before.get_layer(name).kernel) != after.get_layer(name).kernel)
+        assert changed == (name in kernels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--include", "dense*"], "include must match a layer with a kernel (conv, strided, top)."),
+        (["--exclude", "conv", "--exclude", "x"], "exclude must match a layer with a kernel"),
+        (
+            ["--include", "top", "--exclude", "top"],
+            "FILE must have a kernel that can be regularized "
+            "(conv: not included; strided: not included; top: excluded). Received: ",
+        ),
+    ],
+)
+def test_names_that_leave_nothing_are_refused(options, message, model_file, tmp_path, run):
+    status, printed = run("regularize", model_file, *options, "--output", tmp_path / "new.keras")
+    assert status == 2
+    assert message in printed.err
+    assert printed.err.count("\n") == 1  # so the remark about the loss is not there
+    assert not (tmp_path / "new.keras").exists()
+
+
+@pytest.mark.parametrize("option", ["--include", "--exclude"])
+def test_a_kernel_without_a_model_has_no_names(option, kernel, tmp_path, run):
+    options = ["--input-size", 8, "--output", tmp_path / "new.npy", option, "conv"]
+    status, printed = run("regularize", kernel, *options)
+    assert status == 2
+    assert printed.err == (
+        f"tf-frobreg regularize: error: {option} goes with a model, not with a kernel. Received: {kernel}\n"
+    )
+
+
+def test_a_remark_that_the_loss_is_ignored_comes_before_the_first_step(model_file, tmp_path, run):
+    status, printed = run("regularize", model_file, "--max-steps", 1, "--output", tmp_path / "new.keras")
+    assert status == 1
+    first, *progress = printed.err.splitlines()
+    assert first == LOSS_IGNORED
+    assert any("conv" in line for line in progress)
+    assert LOSS_IGNORED not in printed.out
+
+
+def test_no_remark_about_a_loss_for_a_kernel_without_a_model(kernel, tmp_path, run):
+    assert (
+        LOSS_IGNORED
+        not in run("regularize", kernel, "--input-size", 8, "--output", tmp_path / "k.npy")[1].err
+    )
+
+
+def test_no_remark_if_nothing_begins(model_file, tmp_path, run):
+    status, printed = run("regularize", model_file, "--max-steps", -1, "--output", tmp_path / "new.keras")
+    assert status == 2
+    assert (
+        printed.err == "tf-frobreg regularize: error: max_steps must be at least 0. Received: max_steps=-1\n"
+    )
+
+
+def test_kernels_that_did_not_converge_have_a_line_with_a_remedy(model_file, tmp_path, run):
+    options = ["--max-steps", 3, "--exclude", "top", "--output", tmp_path / "new.keras"]
+    status, printed = run("regularize", model_file, *options)
+    assert status == 1
+    rows = table(printed.out)
+    assert [(row["steps"], row["result"]) for row in rows.values()] == [("3", "max steps")] * 2
+    lines = printed.out.splitlines()
+    for name in ("conv", "strided"):
+        assert (
+            f"{name}: not converged: out of steps; continue with more steps, or use a larger tolerance"
+            in lines
+        )
+    assert (tmp_path / "new.keras").exists()
+
+
+def test_a_kernel_out_of_reach_is_written_and_explained(tmp_path, run):
+    layer = keras.layers.Conv2D(8, 3, name="conv")
+    keras.Sequential([keras.Input((9, 9, 4)), layer]).save(tmp_path / "model.keras")
+    status, printed = run("regularize", tmp_path / "model.keras", "--output", tmp_path / "new.keras")
+    assert status == 1
+    assert table(printed.out)["conv"]["result"] == "out of reach"
+    assert "conv: not converged: no kernel of this geometry reaches √α" in printed.out
+    assert (tmp_path / "new.keras").exists()
+
+
+def test_escapes_are_counted_and_can_be_switched_off(depthwise_file, tmp_path, run):
+    status, printed = run("regularize", depthwise_file, "--output", tmp_path / "new.keras")
+    assert status == 0
+    row = table(printed.out)["depthwise"]
+    assert int(row["escapes"]) > 0
+    assert row["result"] == "converged"
+    status, printed = run("regularize", depthwise_file, "--no-escape", "--output", tmp_path / "plain.keras")
+    assert status == 1
+    row = table(printed.out)["depthwise"]
+    assert row["escapes"] == "0"
+    assert row["result"] != "converged"
+
+
+def test_the_table_says_how_far_each_kernel_moved(model_file, tmp_path, run):
+    _, printed = run("regularize", model_file, "--exclude", "top", "--output", tmp_path / "new.keras")
+    before, after = (keras.saving.load_model(path) for path in (model_file, tmp_path / "new.keras"))
+    rows = table(printed.out)
+    for name in ("conv", "strided"):
+        old, new = (np.asarray(model.get_layer(name).kernel) for model in (before, after))
+        assert rows[name]["moved"] == f"{np.linalg.norm(new - old) / np.linalg.norm(old):.0%}"
+
+
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [(120, []), (80, ["R before", "R after"]), (60, ["α", "R before", "R after", "escapes"])],
+)
+def test_the_table_fits_the_terminal(width, missing, model_file, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(tf_frobreg.cli.terminal, "terminal_width", lambda: width)
+    _, printed = run("regularize", model_file, "--exclude", "top", "--output", tmp_path / "new.keras")
+    lines = printed.out.splitlines()
+    rows = table(printed.out)
+    for row in rows.values():
+        assert re.fullmatch(r"1\.4\d{3}", row["σmax"])  # no number is broken over two lines
+        assert row["result"] == "converged"
+    assert all(len(line) <= width for line in lines[: len(rows) + 4])
+    names = [name.replace("_", " ") for name in next(iter(rows.values()))]
+    assert set(missing).isdisjoint(names)
+    remark = f"The terminal is too narrow for: {', '.join(missing)}."
+    assert (remark in lines) == bool(missing)
+
+
+def test_a_model_without_kernels_is_refused(tmp_path, run):
+    keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten()]).save(tmp_path / "model.keras")
+    status, printed = run("regularize", tmp_path / "model.keras", "--output", tmp_path / "new.keras")
+    assert status == 2
+    assert "FILE must have a kernel that can be regularized (it has none). Received: " in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_kernels_that_moved_far_get_advice(model_file, tmp_path, run):
+    _, printed = run("regularize", model_file, "--output", tmp_path / "new.keras")
+    farthest = max((row["moved"] for row in table(printed.out).values()), key=lambda text: int(text[:-1]))
+    assert f"Kernels moved by up to {farthest}. {MOVED_FAR}\n" in printed.out
+    again = ["regularize", tmp_path / "new.keras", "--tolerance", 0.009, "--output", tmp_path / "again.keras"]
+    status, printed = run(*again)
+    assert status == 0
+    assert MOVED_FAR not in printed.out
+
+
+def test_ctrl_c_keeps_the_kernels_reached_so_far(model_file, tmp_path, run, monkeypatch):
+    regularize_model = tf_frobreg.regularize_model
+
+    def interrupted(*arguments, callback, **options):
+        def press(name, step, kernel, penalty):
+            if (name, step) == ("strided", 3):
+                signal.raise_signal(signal.SIGINT)
+            return callback(name, step, kernel, penalty)
+
+        return regularize_model(*arguments, callback=press, **options)
+
+    monkeypatch.setattr(tf_frobreg, "regularize_model", interrupted)
+    status, printed = run("regularize", model_file, "--output", tmp_path / "new.keras")
+    assert status == 1
+    lines = printed.out.splitlines()
+    assert "strided: not converged: interrupted, the kernel reached so far is kept" in lines
+    assert "top: left as it is (interrupted)" in lines
+    assert "callback" not in printed.out
+    rows = table(printed.out)
+    assert (rows["conv"]["result"], rows["strided"]["steps"]) == ("converged", "3")
+    before, after = (keras.saving.load_model(path) for path in (model_file, tmp_path / "new.keras"))
+    np.testing.assert_array_equal(before.get_layer("top").kernel, after.get_layer("top").kernel)
+    assert np.any(np.asarray(before.get_layer("strided").kernel) != after.get_layer("strided").kernel)

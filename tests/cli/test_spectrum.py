@@ -7,7 +7,6 @@ import keras
 import numpy as np
 import pytest
 
-import tf_frobreg.cli.spectrum
 import tf_frobreg.cli.terminal
 from tf_frobreg import singular_values
 
@@ -144,7 +143,6 @@ def test_what_is_beyond_all_floats_is_infinite(tmp_path, run):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_table_fits_the_terminal(width, directory, run, monkeypatch):
-    monkeypatch.setattr(tf_frobreg.cli.spectrum, "terminal_width", lambda: width)
     monkeypatch.setattr(tf_frobreg.cli.terminal, "terminal_width", lambda: width)
     _, printed = run("spectrum", directory / "model.keras")
     lines = printed.out.splitlines()

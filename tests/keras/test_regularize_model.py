@@ -2,12 +2,22 @@
 
 import re
 
+import keras
 import numpy as np
 import pytest
 from ids import stable_id
 from small_models import named_model
 
-from tf_frobreg import model_spectrum, regularize_kernel, regularize_model
+from tf_frobreg import (
+    FrobeniusRegularizer,
+    ModelDescent,
+    SpectralRegularizer,
+    StopReason,
+    attach_regularizers,
+    model_spectrum,
+    regularize_kernel,
+    regularize_model,
+)
 from tf_frobreg.cli import main
 
 
@@ -53,10 +63,104 @@ def test_options_reach_the_descent_of_each_kernel(options):
 def test_a_report_has_aligned_lines():
     descent = regularize_model(named_model(), exclude="strided", max_steps=1, tolerance=0.0, measure="often")
     conv, top, strided = str(descent).splitlines()
-    numbers = r"R \S+ → \S+, σ \S+ … \S+, 1 step, not converged: out of steps"
+    numbers = r"R \S+ → \S+, σ \S+ … \S+, 1 step, moved [1-9]\d*%, not converged: out of steps; .*"
     assert re.fullmatch(f"conv     {numbers}", conv)
     assert re.fullmatch(f"top      {numbers}", top)
     assert strided == "strided  - excluded"
+
+
+def penalised_model():
+    """A Frobenius penalty alone, one in a sum, another penalty, and none. α is 2 and 0.5 in the first two."""
+    keras.utils.set_random_seed(1)
+    regularizers = {"strided": keras.regularizers.L2(0.1), "top": SpectralRegularizer((), 0.1)}
+    layers = [
+        type(layer).from_config(layer.get_config() | {"kernel_regularizer": regularizers[layer.name]})
+        if layer.name in regularizers
+        else layer
+        for layer in named_model().layers
+    ]
+    model = keras.Sequential([keras.Input((9, 8, 2)), *layers])
+    attach_regularizers(model, alpha=2.0, include="conv")
+    attach_regularizers(model, alpha=0.5, include="strided")
+    return model
+
+
+def test_alpha_is_that_of_the_penalty_of_each_kernel():
+    model = penalised_model()
+    assert isinstance(model.get_layer("conv").kernel_regularizer, FrobeniusRegularizer)
+    assert type(model.get_layer("strided").kernel_regularizer).__name__ == "SumRegularizer"
+    descent = regularize_model(model)
+    assert descent.converged
+    assert descent.alphas == {"conv": 2.0, "strided": 0.5, "top": 1.0}
+    for row in model_spectrum(model):
+        target = descent.alphas[row.name] ** 0.5
+        assert abs(row.extremes.sigma_max - target) <= 0.0101
+        assert abs(row.extremes.sigma_min - target) <= 0.0101
+
+
+@pytest.mark.parametrize("alpha", [1.0, 3.0])
+def test_an_alpha_that_is_given_overrides_the_penalties(alpha):
+    model = penalised_model()
+    descent = regularize_model(model, alpha=alpha)
+    assert descent.alphas == {"conv": alpha, "strided": alpha, "top": alpha}
+    for row in model_spectrum(model):
+        assert abs(row.extremes.sigma_max - alpha**0.5) <= 0.0101
+
+
+def test_changes_say_how_far_each_kernel_moved():
+    model = named_model()
+    before = {name: np.asarray(model.get_layer(name).kernel).copy() for name in ("conv", "strided", "top")}
+    descent = regularize_model(model, exclude="strided")
+    assert descent.changes.keys() == descent.alphas.keys() == descent.results.keys() == {"conv", "top"}
+    for name, change in descent.changes.items():
+        difference = np.asarray(model.get_layer(name).kernel) - before[name]
+        assert change == pytest.approx((difference**2).sum() ** 0.5 / (before[name] ** 2).sum() ** 0.5)
+        assert change > 0.1
+        assert re.search(rf"^{name} .*, moved {change:.0%}, converged", str(descent), re.MULTILINE)
+
+
+def test_changes_of_kernels_that_are_zero_or_stay():
+    model = named_model()
+    model.get_layer("conv").kernel.assign(np.zeros((3, 3, 2, 4)))
+    descent = regularize_model(model, max_steps=0)
+    assert descent.changes == {"conv": 0.0, "strided": 0.0, "top": 0.0}
+    assert "moved 0%" in str(descent)
+    descent = regularize_model(model, include="conv")  # an escape leaves 0
+    assert descent.changes == {"conv": np.inf}
+    assert "moved ∞" in str(descent)
+
+
+def test_a_result_without_changes_is_printed_too():
+    descent = regularize_model(named_model(), include="top")
+    printed = str(ModelDescent(descent.results, {}))
+    assert "moved" not in printed
+    assert printed.startswith("top  R ")
+
+
+def test_escape_reaches_the_descent_of_each_kernel():
+    def depthwise_model():
+        keras.utils.set_random_seed(3)
+        layer = keras.layers.DepthwiseConv2D(3, padding="same", name="depthwise")
+        return keras.Sequential([keras.Input((12, 12, 8)), layer])
+
+    escaping = regularize_model(depthwise_model()).results["depthwise"]
+    assert escaping.converged
+    assert escaping.escapes
+    plain = regularize_model(depthwise_model(), escape=False)
+    assert not plain.converged
+    assert plain.results["depthwise"].escapes == ()
+    with pytest.raises(TypeError, match="escape must be"):
+        regularize_model(depthwise_model(), escape=1)
+
+
+def test_a_kernel_out_of_reach_says_so_and_changes():
+    layer = keras.layers.Conv2D(8, 3, name="conv")  # "valid", and more filters than channels
+    model = keras.Sequential([keras.Input((9, 9, 4)), layer])
+    descent = regularize_model(model)
+    assert not descent.converged
+    assert descent.results["conv"].reason is StopReason.OUT_OF_REACH
+    assert "not converged: no kernel of this geometry reaches √α" in str(descent)
+    np.testing.assert_array_equal(layer.kernel, descent.results["conv"].kernel)
 
 
 def test_a_callback_that_does_not_stop_sees_every_kernel():

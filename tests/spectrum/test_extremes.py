@@ -1,5 +1,7 @@
 """σmax and σmin, against all singular values and against spectra that a search finds difficult."""
 
+import math
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -36,7 +38,11 @@ CASES = [*LARGER_CASES, *KERAS_CASES, *CIRCULAR_CASES]
 
 
 def rows(case):
-    return min(Convolution.of(case.kernel_shape, case.image, case.geometry).shape)
+    """Rows of the smaller Gram matrix. A kernel of one tap counts at one pixel only."""
+    conv = Convolution.of(case.kernel_shape, case.image, case.geometry)
+    if math.prod(conv.kernel_size) == 1 and case.strides == 1:
+        return min(conv.blocks[1:]) * conv.blocks[0]
+    return min(conv.shape)
 
 
 def normal(*shape, seed=1):
@@ -119,6 +125,36 @@ def test_extremes_of_regularized_kernels(shape, steps, searched):
     check_estimates(found, sigma)
     assert sigma[0] ** 2 - found.sigma_max**2 <= 0.1 * spread
     assert found.sigma_min**2 - sigma[-1] ** 2 <= 0.1 * spread + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("case", "without_search"),
+    [
+        (Case((1, 1, 3, 5), (9, 8)), True),
+        (Case((1, 1, 5, 3), (9, 8), strides=2), True),
+        (Case((1, 1, 3, 5), (9, 8), strides=2), False),  # σ = 0 at the pixels between the strides
+        (Case((1, 1, 3, 5), (9, 8), padding="circular"), True),
+        (Case((1, 1, 2, 4), (9, 8), groups=2), True),
+        (Case((1, 1, 4, 1), (9, 8), kind="depthwise"), True),
+        (Case((1, 1, 3, 5), (4, 5), strides=2, kind="transpose"), False),
+        (Case((1, 1, 5, 3), (9, 8), kind="transpose"), True),
+        (Case((1, 3, 5), (40,)), True),
+    ],
+    ids=stable_id,
+)
+def test_a_kernel_of_one_tap_is_not_searched(case, without_search, searched):
+    kernel = case.kernel()
+    sigma = singular_values(kernel, case.image, **case.geometry)
+    found = extreme_singular_values(kernel, case.image, **case.geometry)
+    assert (found.vectors is None) == without_search
+    check_estimates(found, sigma)
+
+
+def test_an_image_of_any_size_does_not_matter_for_one_tap():
+    kernel = normal(1, 1, 64, 32)
+    sigma = np.linalg.svd(kernel[0, 0], compute_uv=False)
+    found = extreme_singular_values(kernel, 10**6)
+    assert found[:2] == pytest.approx((sigma[0], sigma[-1]), rel=1e-9)
 
 
 @pytest.mark.slow
@@ -293,7 +329,7 @@ def test_a_start_of_another_geometry_is_refused():
 
 def test_vectors_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="vectors of 4,611,686,014,132,420,609 entries"):
-        extreme_singular_values(np.ones((1, 1, 1, 1)), 2**31 - 1)
+        extreme_singular_values(np.ones((2, 1, 1, 1)), 2**31 - 1)
 
 
 def test_a_kernel_without_known_values_is_refused():

@@ -142,8 +142,8 @@ def _add_regularize(commands: Any) -> None:
         "regularize",
         help="run Algorithm 3.1 on one kernel or on a whole model",
         description="Run Algorithm 3.1 on the kernel in a .npy file, or on every kernel of a .keras or .h5 "
-        "model. The geometry of a model's kernels is read from its layers. The loss of a model is ignored: "
-        "check its accuracy afterwards. Ctrl-C stops the descent and "
+        "model. The geometry of a model's kernels is read from its layers. The loss of a model is ignored: a "
+        "trained model can lose its accuracy, and then needs more training. Ctrl-C stops the descent and "
         "keeps the kernels reached so far. Exit status: 0 converged, 1 not converged (the result is "
         "written), 2 bad input, 130 interrupted before there was a result.",
     )
@@ -169,7 +169,7 @@ def _add_regularize(commands: Any) -> None:
         "--exclude",
         action="append",
         metavar="NAME",
-        help="layer of a model to leave as it is, for example its head; can be repeated",
+        help="layer of a model to leave as it is, wildcards allowed; can be repeated (default: none)",
     )
     parser.add_argument(
         "--learning-rate",

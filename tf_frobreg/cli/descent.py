@@ -23,7 +23,15 @@ from tf_frobreg.cli.files import (
     written,
 )
 from tf_frobreg.cli.model_files import MODELS, load_model, refuse_geometry
-from tf_frobreg.cli.terminal import StopRequest, load_tensorflow, progress_display, show, stop_request
+from tf_frobreg.cli.terminal import (
+    StopRequest,
+    fitting_table,
+    load_tensorflow,
+    progress_display,
+    show,
+    stop_request,
+)
+from tf_frobreg.keras.reports import percent
 
 if TYPE_CHECKING:
     from tf_frobreg import DescentResult, ModelDescent
@@ -31,7 +39,12 @@ if TYPE_CHECKING:
 PAPER_SHAPES = ((3, 3, 3, 1), (3, 3, 1, 3), (3, 3, 3, 6), (3, 3, 6, 3))
 PAPER_SIZE = 20
 TABLE_STEPS = (0, 10, 20, 50, 100)
+# Columns of the table of a model that can be left out, the first one first.
+OPTIONAL_COLUMNS = ("R before", "R after", "escapes", "α", "steps")
 LOSS_IGNORED = "The weights change now, without a look at the loss. Check the accuracy of the new model."
+# A trained network kept its accuracy when its kernels moved by 20 %, and lost it at 60 %.
+FAR = 0.25
+MOVED_FAR = "If the model was trained, train the new one further, or use the penalty in training instead."
 
 
 def reproduce(options: ReproduceOptions) -> int:
@@ -137,14 +150,19 @@ def _regularize_model(options: RegularizeOptions) -> int:
                 **_descent_arguments(options),
             )
         if not descent.results:
-            raise BadInput(f"FILE must have a kernel that can be regularized. Received: {options.file}")
+            reasons = (
+                "; ".join(f"{name}: {reason}" for name, reason in descent.left_out.items()) or "it has none"
+            )
+            raise BadInput(
+                f"FILE must have a kernel that can be regularized ({reasons}). Received: {options.file}"
+            )
         stop.writing = True
         files["--output"].write_path(model.save)
         if "--plot" in files:
             files["--plot"].write_figure(tf_frobreg.plot_convergence(descent.results))
         if "--history" in files:
             _write_history(files["--history"], descent.results)
-    show(_model_table(descent), *_model_remarks(descent), *notes, written(files))
+    show(*_model_table(descent), *_model_remarks(descent), *notes, written(files))
     return 0 if descent.converged and not stop.pressed else 1
 
 
@@ -184,7 +202,7 @@ def _follower(
     def follow(name: str, step: int, kernel: np.ndarray, penalty: float) -> bool:
         note = f"R = {penalty:.6g}"
         if remark is not None and not tasks:
-            progress.console.print(remark, markup=False, highlight=False)
+            progress.console.print(remark, markup=False, highlight=False, soft_wrap=True)
         if name not in tasks:
             for finished in tasks.values():
                 progress.stop_task(finished)
@@ -232,35 +250,42 @@ def _paper_table(results: Mapping[str, "DescentResult"]) -> Table:
     return table
 
 
-def _model_table(descent: "ModelDescent") -> Table:
-    """Returns a row for each kernel of a model."""
-    table = Table()
-    names = ("kernel", "α", "R before", "R after", "σmax", "σmin", "steps", "escapes", "moved", "result")
-    for name in names:
-        table.add_column(name, justify="left" if name in ("kernel", "result") else "right")
+def _model_table(descent: "ModelDescent") -> list[Table | str]:
+    """Returns a table with a row for each kernel, and a line that names the columns it lacks."""
+    rows = []
     for name, result in descent.results.items():
         high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
-        table.add_row(
-            name,
-            f"{descent.alphas[name]:g}",
-            f"{result.history['penalty'][0]:.4g}",
-            f"{result.penalty:.4g}",
-            f"{high:.4f}",
-            f"{low:.4f}",
-            str(result.num_steps),
-            str(len(result.escapes)),
-            f"{descent.changes[name]:.0%}",
-            result.reason.name.lower().replace("_", " "),
+        rows.append(
+            {
+                "kernel": name,
+                "α": f"{descent.alphas[name]:g}",
+                "R before": f"{result.history['penalty'][0]:.4g}",
+                "R after": f"{result.penalty:.4g}",
+                "σmax": "-" if np.isnan(high) else f"{high:.4f}",
+                "σmin": "-" if np.isnan(low) else f"{low:.4f}",
+                "steps": str(result.num_steps),
+                "escapes": str(len(result.escapes)),
+                "moved": percent(descent.changes[name]),
+                "result": result.reason.name.lower().replace("_", " "),
+            }
         )
-    return table
+    table, left_out = fitting_table(rows, left=["kernel", "result"], optional=OPTIONAL_COLUMNS)
+    return [table, *([f"The terminal is too narrow for: {', '.join(left_out)}."] if left_out else [])]
 
 
 def _model_remarks(descent: "ModelDescent") -> list[str]:
-    """Returns a line for each kernel that did not converge, and for each layer that was left out."""
+    """Returns lines on kernels that did not converge, layers that were left out, and what to do next."""
+    from tf_frobreg.keras.whole_model import NOT_REACHED
+
     failed = {name: result for name, result in descent.results.items() if not result.converged}
-    return [f"{name}: {_reason(result)}" for name, result in failed.items()] + [
-        f"{name}: left as it is, {reason}" for name, reason in descent.left_out.items()
-    ]
+    lines = [f"{name}: {_reason(result)}" for name, result in failed.items()]
+    for name, reason in descent.left_out.items():
+        # Only Ctrl-C makes the callback stop.
+        lines.append(f"{name}: left as it is ({'interrupted' if reason == NOT_REACHED else reason})")
+    farthest = max(descent.changes.values())
+    if farthest > FAR:
+        lines.append(f"Kernels moved by up to {percent(farthest)}. {MOVED_FAR}")
+    return lines
 
 
 def _digits(value: float) -> str:

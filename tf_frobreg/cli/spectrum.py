@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
-from rich import box
-from rich.cells import cell_len
 from rich.table import Table
 
 import tf_frobreg  # its public names, and TensorFlow, are loaded when they are used
@@ -24,7 +22,7 @@ from tf_frobreg.cli.files import (
     written,
 )
 from tf_frobreg.cli.model_files import MODELS, load_model, load_model_and_weights, refuse_geometry
-from tf_frobreg.cli.terminal import load_tensorflow, progress_display, show, terminal_width
+from tf_frobreg.cli.terminal import fitting_table, load_tensorflow, progress_display, show
 
 if TYPE_CHECKING:
     from tf_frobreg import Convolution, ExtremeSingularValues, KernelSpectrum
@@ -85,7 +83,7 @@ def spectrum(options: SpectrumOptions) -> int:
     missed = [line for row, ends in measured for line in _missed(row.name, ends, options)]
     others = ", ".join(f"{count} {name}" for name, count in sorted(contents.others.items()))
     show(
-        *(_table([_cells(row, ends) for row, ends in measured], options) if measured else []),
+        *(_table([_cells(row, ends, options) for row, ends in measured], options) if measured else []),
         *(f"Accuracy not reached: {line}" for line in missed),
         *(f"Not measured: {row.name}: {row.reason}" for row in rows if row.reason is not None),
         *([f"Without a kernel: {others}"] if others else []),
@@ -183,11 +181,11 @@ def _missed(name: str, ends: "ExtremeSingularValues", options: SpectrumOptions) 
         yield f"{name}: σmin may be about {ends.sigma_min_error:.2g} smaller"
 
 
-def _cells(row: "KernelSpectrum", ends: "ExtremeSingularValues") -> dict[str, str]:
+def _cells(row: "KernelSpectrum", ends: "ExtremeSingularValues", options: SpectrumOptions) -> dict[str, str]:
     """Returns a row of the table by column."""
     at_most = "≤ " if _is_upper_bound(ends) else ""
     at_least = "≥ " if _is_upper_bound(ends) else ""
-    return {
+    cells = {
         "layer": row.name,
         "kernel": _times(row.kernel_shape),
         "image": _times(row.input_size),
@@ -198,23 +196,15 @@ def _cells(row: "KernelSpectrum", ends: "ExtremeSingularValues") -> dict[str, st
         "R/column": _digits(row.penalty_per_column),
         "floor": _digits(row.penalty_floor),
     }
+    if options.sigma_max_only:
+        del cells["σmin"], cells["σmax/σmin"]
+    return cells
 
 
 def _table(rows: Sequence[dict[str, str]], options: SpectrumOptions) -> Iterator[Table | str]:
     """Yields a table that fits the terminal, and a line that names the columns it left out."""
-    widths = {name: max(cell_len(name), *(cell_len(row[name]) for row in rows)) + 3 for name in rows[0]}
-    if options.sigma_max_only:
-        del widths["σmin"], widths["σmax/σmin"]
-    left_out: list[str] = []
-    for name in OPTIONAL_COLUMNS:
-        if sum(widths.values()) + 1 > terminal_width() and name in widths:
-            del widths[name]
-            left_out.insert(0, name)
-    table = Table(title=f"Singular values, R for α = {options.alpha:g}", box=box.SIMPLE_HEAD)
-    for name in widths:
-        table.add_column(name, justify="left" if name == "layer" else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(row[name] for name in widths))
+    title = f"Singular values, R for α = {options.alpha:g}"
+    table, left_out = fitting_table(rows, left=["layer"], optional=OPTIONAL_COLUMNS, title=title)
     yield table
     if left_out:
         yield f"The terminal is too narrow for: {', '.join(left_out)}. --csv writes all columns."

@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,6 +33,39 @@ def show(*lines: str | Table) -> None:
 def terminal_width() -> int:
     """Returns the columns of standard output, or 200 if it is a file or a pipe."""
     return Console().width if sys.stdout.isatty() else 200
+
+
+def fitting_table(
+    rows: Sequence[Mapping[str, str]],
+    *,
+    left: Collection[str],
+    optional: Sequence[str],
+    title: str | None = None,
+) -> tuple[Table, list[str]]:
+    """Returns a table that fits the terminal, and the names of the columns that it lacks.
+
+    Args:
+        rows: Cells by column.
+        left: Columns that are aligned to the left, and folded if the terminal is still too narrow.
+        optional: Columns that can be left out, the first one first.
+        title: Title of the table.
+
+    Returns:
+        (the table, the names of the columns that were left out).
+    """
+    widths = {
+        name: max(cell_len(text) for text in (name, *(row[name] for row in rows))) + 3 for name in rows[0]
+    }
+    for name in optional:
+        if sum(widths.values()) + 1 > terminal_width():
+            widths.pop(name, None)
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for name in widths:
+        is_text = name in left
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+    for row in rows:
+        table.add_row(*(row[name] for name in widths))
+    return table, [name for name in rows[0] if name not in widths]
 
 
 @contextlib.contextmanager

@@ -50,8 +50,8 @@ class StopReason(enum.Enum):
         "not converged: R falls no further; use float64 or a larger tolerance, or start from another kernel"
     )
     OUT_OF_REACH = (
-        "not converged: no kernel of this geometry reaches √α, because too few taps meet some pixels; this is "
-        'the best kernel found; padding="circular", fewer filters or smaller strides help'
+        "not converged: no kernel of this geometry reaches √α, because too few taps meet some pixels; the "
+        'best one found is kept; padding="circular", fewer filters or a smaller stride can help'
     )
     MAX_STEPS = "not converged: out of steps; continue with more steps, or use a larger tolerance"
     DIVERGED = "diverged: λ is too large, the penalty is not finite; the kernel with the lowest one is kept"

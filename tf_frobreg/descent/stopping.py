@@ -61,7 +61,7 @@ class ConvergenceCheck:
         self._by_bound = (
             measure == "never" or min(penalty.conv.shape) > SEARCHED_ROWS or not self._sigma.available
         )
-        self._bound = tf.function(penalty.deviation_bound, autograph=False)
+        self._bound = penalty.deviation_bound  # rarely called, so tracing would take longer
         size = penalty.num_singular_values
         above = 2 * self._target * tolerance + tolerance**2  # σ² − α at σ = √α + tolerance
         below = 2 * self._target * tolerance - tolerance**2  # α − σ² at σ = √α − tolerance

@@ -86,7 +86,7 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
         self.max_steps = check_integer("max_steps", max_steps, minimum=0)
         self.seed = random.randrange(2**31) if seed is None else check_integer("seed", seed, minimum=0)
         self.take_geometry(input_size, geometry)
-        self._kernels: list[np.ndarray] = []  # keeps them in COMPUTED
+        self._kernels: dict[tuple, np.ndarray] = {}  # keeps them in COMPUTED
 
     def __call__(self, shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         """Returns a kernel of that shape.
@@ -113,13 +113,11 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
 
     def _kernel(self, conv: Convolution, precision: str) -> np.ndarray:
         """Returns the kernel that this initializer, or an equal one, computed before. Computes a new one."""
-        key = (conv, self.alpha, self.noise, self.tolerance, self.max_steps, self.seed, precision)
-        kernel = COMPUTED.get(key)
-        if kernel is None:
-            kernel = COMPUTED[key] = self._descend(conv, precision)
-        if not any(kernel is known for known in self._kernels):
-            self._kernels.append(kernel)
-        return kernel
+        key = (conv, self.alpha, self.noise, self.tolerance, self.max_steps, precision)
+        if key not in self._kernels:
+            kernel = COMPUTED.get(key)
+            self._kernels[key] = self._descend(conv, precision) if kernel is None else kernel
+        return COMPUTED.setdefault(key, self._kernels[key])  # an unpickled initializer is not there yet
 
     def _descend(self, conv: Convolution, precision: str) -> np.ndarray:
         """Returns the kernel that the descent reaches. Warns if it misses the tolerance."""

@@ -1,6 +1,7 @@
 """Whole models: the spectrum of each layer, and Algorithm 3.1 on all of them."""
 
 import dataclasses
+import math
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +14,13 @@ from tf_frobreg.convolution.geometry import Size
 from tf_frobreg.descent.algorithm_3_1 import DescentResult, regularize_kernel
 from tf_frobreg.keras.read_layers import LayerKernel, read_kernels
 from tf_frobreg.keras.regularizers import FrobeniusRegularizer, regularizer_parts
-from tf_frobreg.keras.reports import aligned_lines
+from tf_frobreg.keras.reports import aligned_lines, percent
 from tf_frobreg.keras.select_kernels import Selection, select_kernels
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, report_kernel
 
 __all__ = ["ModelDescent", "model_spectrum", "regularize_model"]
+
+NOT_REACHED = "the callback stopped before it"
 
 
 def model_spectrum(
@@ -106,7 +109,8 @@ class ModelDescent:
         results: The `DescentResult` of each kernel, by the kernel's name.
         left_out: Why other kernels and layers were left as they were, by their names.
         alphas: α of each kernel's descent.
-        changes: How far each kernel moved: ‖K' − K‖_F / ‖K‖_F, with K before and K' after the descent.
+        changes: How far each kernel moved: ‖K' − K‖_F / ‖K‖_F, with K before and K' after the descent. ∞ if
+            K was 0.
 
     Example:
         >>> model = keras.Sequential([
@@ -139,7 +143,7 @@ def _describe(result: DescentResult, change: float | None) -> str:
     """Returns a descent in one line."""
     before, after = result.history["penalty"][0], result.penalty
     high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
-    moved = "" if change is None else f"moved {change:.0%}, "
+    moved = "" if change is None else f"moved {percent(change)}, "
     return (
         f"R {before:.4g} → {after:.4g}, σ {low:.4g} … {high:.4g}, "
         f"{result.num_steps} step{'' if result.num_steps == 1 else 's'}, {moved}{result.reason.value}"
@@ -167,10 +171,11 @@ def regularize_model(
 ) -> ModelDescent:
     """Runs Algorithm 3.1 on every kernel of a built model, and changes the model in place.
 
-    Before training, it makes each layer nearly an isometry of its images. After training, it repairs layers
-    whose singular values have drifted. This ignores the training loss. Accuracy may drop; check it on your
-    data. A gentler way leaves the head out, or bounds σmax alone with `clip_singular_values`. Frozen layers
-    are regularized too.
+    Before training, it makes each layer nearly an isometry of its images. After training, it brings back
+    singular values that have drifted, but it ignores the loss. A network whose σ are far from √α loses its
+    accuracy: one that was trained on Fashion-MNIST without a penalty falls from 88 % to about 10 %. Leaving
+    the head out or a larger tolerance change little. Gentler ways are `FrobeniusRegularizer` in further
+    training, and K + t (K' − K) with t = 0.25 instead of K'. Frozen layers are regularized too.
 
     Args:
         model: A built Keras model or layer: Sequential, Functional or subclassed. Nested ones are included.
@@ -229,7 +234,7 @@ def regularize_model(
     descent, stop = ModelDescent({}, left_out), _StopRequest(callback)
     for kernel in kernels:
         if stop.requested:
-            left_out[kernel.name] = "the callback stopped before it"
+            left_out[kernel.name] = NOT_REACHED
             continue
         before = kernel.value
         alpha_here = _alpha_of_penalty(kernel) if alpha is None else alpha
@@ -250,13 +255,16 @@ def regularize_model(
             **kernel.conv.geometry,
         )
         kernel.variable.assign(result.kernel)
-        size = np.linalg.norm(before)
         descent.results[kernel.name] = result
         descent.alphas[kernel.name] = alpha_here
-        descent.changes[kernel.name] = (
-            float(np.linalg.norm(result.kernel - before) / size) if size else np.inf
-        )
+        descent.changes[kernel.name] = _change(before, result.kernel)
     return descent
+
+
+def _change(before: np.ndarray, after: np.ndarray) -> float:
+    """Returns ‖after − before‖_F / ‖before‖_F, ∞ for a kernel that was 0."""
+    distance, size = float(np.linalg.norm(after - before)), float(np.linalg.norm(before))
+    return distance / size if size else math.inf if distance else 0.0
 
 
 def _alpha_of_penalty(kernel: LayerKernel) -> float:

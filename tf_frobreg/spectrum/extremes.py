@@ -100,6 +100,7 @@ class ExtremesFinder:
         sigma_min: bool = True,
         dense_rows: int | None = None,
     ):
+        conv = _without_repetition(conv)
         self._conv, self._sigma_min = conv, sigma_min
         self._accuracy = check_accuracy(accuracy)
         self._iterations = check_integer("max_iterations", max_iterations)
@@ -206,6 +207,18 @@ class ExtremesFinder:
             sigma_min_converged=low is not None and low.residual <= allowed,
             vectors=SearchVectors(high.vector, None if low is None else low.vector),
         )
+
+
+def _without_repetition(conv: Convolution) -> Convolution:
+    """Returns a convolution with the same σmax and σmin, on one pixel if the kernel has one tap.
+
+    Such a kernel does the same at each pixel. Strides can add σ = 0, and then the convolution stays.
+    """
+    groups, g, h = conv.blocks
+    count = math.prod(axis.output_size for axis in conv.axes) * groups * min(g, h)
+    if not conv.axes or math.prod(conv.kernel_size) > 1 or min(conv.shape) > count:
+        return conv
+    return Convolution(conv.kernel_shape, 1, groups=conv.groups, kind=conv.kind)
 
 
 def extreme_singular_values(
