@@ -1,6 +1,6 @@
 """Shows how much accuracy is left after the singular values of a trained network are brought near 1.
 
-    python examples/gentle_regularization.py --output-dir OUT   (6 minutes on one core; with --quick one)
+    python examples/gentle_regularization.py --output-dir OUT   (8 minutes on one core; with --quick one)
 
 `regularize_model` does not look at the loss. The script trains the network of train_fashion_mnist.py. It
 repairs copies of the network, and measures each copy right after the repair and after more training: one

@@ -76,3 +76,33 @@ def printed_blocks(kernel, n):
         1: banded(k11, k12, k13),  # A_1
     }
     return np.block([[np.array(block.get(row - column, zero)) for column in range(n)] for row in range(n)])
+
+
+def true_matrix(case, kernel):
+    """M of a case of `geometries`: by the real Keras layer, and by the slow twin if padding is circular."""
+    if case.padding != "circular":
+        return impulse_matrix(case.layer(kernel), case.image, case.channels)
+    geometry = case.geometry
+    kind = geometry.pop("kind")
+    if kind == "transpose":
+        return naive_matrix(kernel, tuple(n * case.strides for n in case.image), **geometry).T
+    if kind == "depthwise":
+        kernel = kernel.reshape(*kernel.shape[:-2], 1, -1)
+        geometry["groups"] = case.channels
+    return naive_matrix(kernel, case.image, **geometry)
+
+
+def matrix_function(case):
+    """The function that gives M of a case for a kernel. It asks the Keras layer only once."""
+    if case.padding == "circular":  # entries of a small image are sums of taps
+        return lambda kernel: true_matrix(case, kernel)
+    size = int(np.prod(case.kernel_shape))
+    numbers = true_matrix(case, np.arange(1.0, size + 1).reshape(case.kernel_shape)).round().astype(int)
+    return lambda kernel: np.append(0.0, kernel)[numbers]
+
+
+def kernels_by_group(case, kernel):
+    """The kernels of the groups, each as a convolution without groups would have it."""
+    if case.kind == "depthwise":
+        return [kernel[..., channel : channel + 1, :] for channel in range(case.channels)]
+    return np.split(kernel, case.groups, axis=-1)

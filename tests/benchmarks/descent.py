@@ -73,7 +73,7 @@ def main():
     console.print(table)
 
     table = Table(title="FrobeniusInitializer, 32×32 image, float64")
-    for name in ("kernel", "s, first kernel", "s, another seed", "s, a copy", "σmax", "σmin"):
+    for name in ("kernel", "seconds: first", "other seed", "copy", "σmax", "σmin"):
         table.add_column(name, justify="left" if name == "kernel" else "right")
     for shape, geometry in INITIALIZED:
         first, other = (FrobeniusInitializer(32, seed=seed, **geometry) for seed in (1, 2))

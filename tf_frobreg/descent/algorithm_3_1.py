@@ -5,7 +5,7 @@ import enum
 import functools
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
@@ -32,8 +32,8 @@ class StopReason(enum.Enum):
         CONVERGED: σmax and σmin are within `tolerance`.
         STATIONARY: The norm of the gradient is within `gradient_tolerance`.
         STALLED: No step along the gradient lowers R_α.
-        OUT_OF_REACH: No kernel of this geometry has all singular values at √α. The descent has found a
-            kernel near the lowest R_α.
+        OUT_OF_REACH: No kernel of this geometry has all singular values at √α. The descent ended because R_α
+            hardly fell any more, or because it was out of steps.
         MAX_STEPS: `max_steps` steps were taken.
         DIVERGED: R_α became infinite or NaN.
         OVERFLOW: R_α of the first kernel was infinite or NaN.
@@ -115,10 +115,11 @@ class DescentResult:
             raise TypeError(
                 f"history must be a dict of columns. Received: history={reprlib.repr(self.history)}"
             )
-        escapes = tuple(self.escapes)
-        if not all(isinstance(escape, Escape) for escape in escapes):
-            raise TypeError(f"escapes must be of Escape. Received: escapes={reprlib.repr(self.escapes)}")
-        object.__setattr__(self, "escapes", escapes)
+        if not isinstance(self.escapes, Sequence) or not all(isinstance(e, Escape) for e in self.escapes):
+            raise TypeError(
+                f"escapes must be a sequence of Escape. Received: escapes={reprlib.repr(self.escapes)}"
+            )
+        object.__setattr__(self, "escapes", tuple(self.escapes))
 
     def __str__(self) -> str:
         return f"R {self.penalty:.4g} after {self.num_steps} steps, {self.reason.value}"
@@ -242,7 +243,7 @@ def regularize_kernel(
         sigma_max, sigma_min = check.final_sigma(end.kernel)
         rows[step] = rows[step]._replace(sigma_max=sigma_max, sigma_min=sigma_min)
     if reason in (StopReason.STALLED, StopReason.MAX_STEPS):
-        if check.is_within(rows[step].sigma_max, rows[step].sigma_min):
+        if check.is_within(end.kernel, rows[step].sigma_max, rows[step].sigma_min):
             reason = StopReason.CONVERGED
         elif tolerance > 0 and is_out_of_reach(conv):
             reason = StopReason.OUT_OF_REACH

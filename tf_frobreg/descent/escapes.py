@@ -70,7 +70,7 @@ class EscapePlan:
         self._out_of_reach = is_out_of_reach(conv)
         self._tolerance = tolerance
         within = max(alpha**0.5 - tolerance, 0.0) ** 2 - alpha  # σ² − α at the lower end of the tolerance
-        self._stuck_excess = max(STUCK_EXCESS * alpha**2, within**2)
+        self._stuck_excess = max(STUCK_EXCESS * alpha * alpha, within * within)  # α² can be infinite
         window = WINDOW_OUT_OF_REACH if self._out_of_reach else WINDOW
         self._recent: deque[np.ndarray] = deque(maxlen=window + 1)
         self.escapes = list(escapes)

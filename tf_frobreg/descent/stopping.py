@@ -85,7 +85,7 @@ class ConvergenceCheck:
         certain = excess <= self._sufficient
         # σmin can still move when R_α hardly does. Therefore a later step is due even at the same R_α.
         due = excess <= self._due_excess or (excess <= self._necessary and step >= self._due_step)
-        looks = self._often and step % _interval(step) == 0
+        looks = self._often and self._sigma.available and step % _interval(step) == 0
         if looks or ((certain or due) and not self._by_bound):
             return self._verdict_by_measurement(step, kernel, excess, certain)
         if certain or due:
@@ -96,8 +96,14 @@ class ConvergenceCheck:
         """Returns (σmax, σmin) for the last row of a history. They are NaN if σ is never to be measured."""
         return self._sigma(kernel.numpy()) if self._measures_at_end else (math.nan, math.nan)
 
-    def is_within(self, sigma_max: float, sigma_min: float) -> bool:
-        """Returns whether both values are within the tolerance."""
+    def is_within(self, kernel: tf.Tensor, sigma_max: float, sigma_min: float) -> bool:
+        """Returns whether both values of the last kernel are within the tolerance.
+
+        If neither was measured, the bound decides.
+        """
+        if math.isnan(sigma_max) and math.isnan(sigma_min):
+            # −inf: R_α and the bound do not count every singular value, or the tolerance is 0
+            return self._necessary > -math.inf and float(self._bound(kernel)) <= self._allowed
         distances = abs(sigma_max - self._target), abs(sigma_min - self._target)
         return self._tolerance > 0 and all(distance <= self._tolerance for distance in distances)
 

@@ -113,7 +113,7 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
 
     def _kernel(self, conv: Convolution, precision: str) -> np.ndarray:
         """Returns the kernel that this initializer, or an equal one, computed before. Computes a new one."""
-        key = (conv, self.alpha, self.noise, self.tolerance, self.max_steps, precision)
+        key = (conv, self.alpha, self.noise, self.tolerance, self.max_steps, self.seed, precision)
         if key not in self._kernels:
             kernel = COMPUTED.get(key)
             self._kernels[key] = self._descend(conv, precision) if kernel is None else kernel

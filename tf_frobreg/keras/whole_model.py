@@ -174,8 +174,9 @@ def regularize_model(
     Before training, it makes each layer nearly an isometry of its images. After training, it brings back
     singular values that have drifted, but it ignores the loss. A network whose σ are far from √α loses its
     accuracy: one that was trained on Fashion-MNIST without a penalty falls from 88 % to about 10 %. Leaving
-    the head out or a larger tolerance change little. Gentler ways are `FrobeniusRegularizer` in further
-    training, and K + t (K' − K) with t = 0.25 instead of K'. Frozen layers are regularized too.
+    the head out or a larger tolerance changes little there. Two ways are gentler: further training with
+    `FrobeniusRegularizer`, or a quarter of the way, K + (K' − K)/4, with K before and K' after the descent.
+    Frozen layers are regularized too.
 
     Args:
         model: A built Keras model or layer: Sequential, Functional or subclassed. Nested ones are included.

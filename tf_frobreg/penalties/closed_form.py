@@ -24,7 +24,7 @@ from tf_frobreg.penalties.coincidence_classes import (
     Coincidences,
     coincidences,
     joint_members,
-    rows_of_classes,
+    rows_and_columns,
 )
 
 # Up to this many entries one combined member matrix is faster than two, which move the blocks twice.
@@ -44,7 +44,8 @@ def closed_form(conv: Convolution) -> "ClosedForm":
     gram_size = min(num_inputs, num_outputs)
     # No tap meets the image of, for example, a single pixel under an even kernel with dilation 2.
     parts = _build_parts(axes, side) if gram_size else ()
-    other_rows = np.atleast_2d(_kronecker(rows_of_classes(axis, side) for axis in axes[1:]))
+    others = [rows_and_columns(axis, side) for axis in axes[1:]]
+    other_rows = np.stack([np.atleast_2d(_kronecker(table[end] for table in others)) for end in (0, 1)])
     return ClosedForm(conv, side, gram_size, parts, other_rows)
 
 
@@ -60,8 +61,8 @@ class Part:
         target: `(joint classes,)`, √(2n) for classes on the diagonal of all axes and 0 for others. None for
             the part off the diagonal.
         weights: `(joint classes,)`, √(2n) for all classes.
-        rows: `(different rows, classes)`, how often each class of the first axis occurs in a row of the first
-            axis' Gram matrix.
+        rows: `(2, different rows, classes)`, how often each class of the first axis occurs in a row and in a
+            column of the first axis' Gram matrix, as `rows_and_columns` returns it.
     """
 
     pairs: np.ndarray
@@ -138,8 +139,10 @@ class ClosedForm:
             blocks = tf.cast(residual, tf.float64) / part.weights[:, None, None, None]
             squares = tf.matmul(blocks, blocks, transpose_b=True)
             norms = tf.norm(tf.matmul(squares, squares), axis=(-2, -1)) ** 0.25
-            norms = tf.reshape(norms, (part.rows.shape[1], self.other_rows.shape[1], -1))
-            sums.append(tf.einsum("ac,bd,cdg->abg", part.rows, self.other_rows, norms))
+            norms = tf.reshape(norms, (part.rows.shape[-1], self.other_rows.shape[-1], -1))
+            # A class of the first axis also stands for its transpose. There the other axes' classes are
+            # transposed too, so the second addend (x = 1) counts columns.
+            sums.append(tf.einsum("xac,xbd,cdg->abg", part.rows, self.other_rows, norms))
         return tf.reduce_max(tf.add_n(sums))
 
     def line(self, kernel: tf.Tensor, direction: tf.Tensor, alpha: float) -> list[tf.Tensor]:
@@ -266,7 +269,7 @@ def _build_parts(axes: Sequence[Axis], side: Side) -> tuple[Part, ...]:
     joint = joint_members(rest, [axis.kernel_size for axis in axes[1:]])
     joint = joint * np.sqrt(_kronecker(c.counts for c in rest))[:, None]
     on_diagonal = _kronecker(c.diagonal for c in rest)
-    rows = rows_of_classes(axes[0], side, half=True)
+    rows = rows_and_columns(axes[0], side, half=True)
     return tuple(
         _build_part(first, rows, d, joint, on_diagonal) for d in (True, False) if d in first.diagonal
     )
@@ -283,7 +286,7 @@ def _build_part(
     weights = np.kron(members.max(axis=1), joint.max(axis=1))
     combine = members.size * joint.size <= COMBINED
     matrices = (np.kron(members, joint),) if combine else (members, joint)
-    return Part(first.pairs[pairs], matrices, target, weights, rows[:, chosen])
+    return Part(first.pairs[pairs], matrices, target, weights, rows[:, :, chosen])
 
 
 def _kronecker(arrays: Iterable[np.ndarray]) -> np.ndarray:

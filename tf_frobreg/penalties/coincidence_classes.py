@@ -52,7 +52,7 @@ def coincidences(axis: Axis, side: Side, *, half: bool = False) -> Coincidences:
     """
     classes = _count_classes(axis, side)
     if half:
-        transposed = {c: tuple(sorted((r, p) for p, r in c)) for c in classes}
+        transposed = {c: _transposed(c) for c in classes}
         classes = {c: n * (1 if c == transposed[c] else 2) for c, n in classes.items() if c <= transposed[c]}
     pairs = sorted({pair for c in classes for pair in c})
     check_memory(
@@ -73,26 +73,28 @@ def coincidences(axis: Axis, side: Side, *, half: bool = False) -> Coincidences:
 
 
 @lru_cache(maxsize=1024)
-def rows_of_classes(axis: Axis, side: Side, *, half: bool = False) -> np.ndarray:
-    """Returns how often each class of `coincidences` occurs in a row of one axis' Gram matrix.
+def rows_and_columns(axis: Axis, side: Side, *, half: bool = False) -> np.ndarray:
+    """Returns how often each class of `coincidences` occurs in row i and in column i of one axis' Gram matrix.
+
+    With `half`, a class that is its own transpose counts half. Row i of the whole matrix then has the classes
+    of the first entry, and the transposes of the classes of the second entry.
 
     Returns:
-        `(different rows, classes)` floats.
+        `(2, different i, classes)` floats, first for the rows and then for the columns.
     """
     classes = coincidences(axis, side, half=half)
     number = {
         tuple(map(tuple, classes.pairs[row].tolist())): count for count, row in enumerate(classes.members)
     }
-    rows: dict[int, Counter[int]] = defaultdict(Counter)
-    for c, where in _places_by_class(axis.shortened(), side).items():
-        if c not in number:  # the transpose of a class that stands for both
-            c = tuple(sorted((r, p) for p, r in c))
-        for i, _ in where:
-            rows[i][number[c]] += 1
-    table = np.zeros((len(rows), len(number)))
-    for row, counts in zip(table, rows.values(), strict=True):
-        row[list(counts.keys())] = list(counts.values())
-    return np.unique(table, axis=0)
+    short = axis.shortened()
+    table = np.zeros((2, short.input_size if side == "input" else short.output_size, len(number)))
+    for c, where in _places_by_class(short, side).items():
+        if c in number:  # with `half`, the transpose can stand for both
+            weight = 0.5 if half and c == _transposed(c) else 1.0
+            for i, j in where:
+                table[0, i, number[c]] += weight
+                table[1, j, number[c]] += weight
+    return np.unique(table, axis=1)
 
 
 def places(axis: Axis, side: Side) -> np.ndarray:
@@ -137,6 +139,11 @@ def _count_classes(axis: Axis, side: Side) -> dict[Class, int]:
         for extra in (0, axis.stride)
     )
     return {c: base[c] + repeats * (n - base[c]) for c, n in longer.items()}
+
+
+def _transposed(c: Class) -> Class:
+    """Returns the class of (j, i) if `c` is that of (i, j)."""
+    return tuple(sorted((r, p) for p, r in c))
 
 
 def _places_by_class(axis: Axis, side: Side) -> dict[Class, list[tuple[int, int]]]:
