@@ -137,6 +137,14 @@ def test_with_strides_the_patch_reads_every_input_once(strides, image):
     assert (reads == 9).all()
 
 
+@pytest.mark.parametrize("padding", ["same", "circular"])
+@pytest.mark.parametrize("shape", [(3, 3, 4, 4), (2, 2, 4, 4), (5, 5, 2, 4), (4, 2, 2)])
+def test_taps_that_never_meet_a_tiny_image_are_not_in_the_patch(shape, padding):
+    case = Case(shape, (1,) * (len(shape) - 2), strides=2, padding=padding)
+    patch = isometric_patch(geometry_of(case))
+    assert is_isometric(true_matrix(case, patch.nearest_isometry(case.kernel(), 1.5)), 1.5)
+
+
 def taps_at_end(axis, count, *, last):
     """Which outputs read the first or the last inputs through which entries, counted from that end."""
     outputs, inputs, entries = (array.tolist() for array in axis.taps)
