@@ -11,6 +11,7 @@ from ids import stable_id
 
 from tf_frobreg import (
     DescentResult,
+    Escape,
     StopReason,
     frobenius_penalty,
     paper_schedule,
@@ -220,9 +221,10 @@ def test_a_diverged_descent_gives_back_the_kernel_with_the_lowest_penalty(dtype,
     assert not np.isfinite(result.history["penalty"][-1])
 
 
-def test_a_kernel_whose_penalty_overflows_is_given_back():
-    kernel = np.full((3, 3, 1, 1), 1e30, "float32")
-    result = regularize_kernel(kernel, 8)
+@pytest.mark.parametrize(("scale", "alpha", "dtype"), [(1e30, 1.0, "float32"), (1.0, 1e200, "float64")])
+def test_a_kernel_whose_penalty_overflows_is_given_back(scale, alpha, dtype):
+    kernel = np.full((3, 3, 1, 1), scale, dtype)
+    result = regularize_kernel(kernel, 8, alpha=alpha)
     assert (result.reason, result.num_steps) == (StopReason.OVERFLOW, 0)
     assert not result.converged
     assert np.array_equal(result.kernel, kernel)
@@ -249,14 +251,28 @@ def test_learning_rate_may_be_a_keras_schedule():
     np.testing.assert_allclose(rates[:20], 1e-4 * 0.5 ** (np.arange(20) / 10), rtol=1e-5)
 
 
-def test_without_room_for_m_only_the_tolerance_is_refused():
-    kernel = normal(3, 3, 8, 8)
-    with pytest.raises(ValueError, match="tolerance needs σ, which cannot be measured .*Use tolerance=0"):
-        regularize_kernel(kernel, 10**5, max_steps=2)
-    result = regularize_kernel(kernel, 10**5, max_steps=2, tolerance=0.0, learning_rate=1e-14)
-    assert result.num_steps == 2
+@pytest.mark.parametrize("measure", ["never", "rarely", "often"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.01])
+def test_without_memory_for_sigma_it_is_nan(measure, tolerance):
+    options = {"max_steps": 2, "tolerance": tolerance, "learning_rate": 1e-14, "measure": measure}
+    result = regularize_kernel(normal(3, 3, 8, 8), 10**5, **options)
+    assert (result.num_steps, result.reason) == (2, StopReason.MAX_STEPS)
     assert (np.diff(result.history["penalty"]) < 0).all()
     assert np.isnan(result.history["sigma_max"]).all()
+    assert np.isnan(result.history["sigma_min"]).all()
+
+
+@pytest.mark.parametrize("measure", ["rarely", "often"])
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_without_memory_for_sigma_the_bound_decides(alpha, measure):
+    options = {"alpha": alpha, "measure": measure}
+    result = regularize_kernel(normal(3, 3, 3, 6), 10**7, **options)
+    assert result.reason is StopReason.CONVERGED
+    assert np.isnan([result.history[name] for name in ("sigma_max", "sigma_min")]).all()
+    # The classes of a large image occur on a small one too, so the bound holds there.
+    sigma = singular_values(result.kernel, 12)
+    assert np.abs(sigma - alpha**0.5).max() <= 0.01
+    assert regularize_kernel(result, 10**7, **options).num_steps == result.num_steps
 
 
 def made_by_hand(result):
@@ -268,13 +284,38 @@ def test_a_result_can_be_made_by_hand():
         kernel=np.ones((3, 3)), penalty=3.0, num_steps=0, reason=StopReason.STOPPED, history={}
     )
     assert not result.converged
-    assert result.reason.value == "not converged: stopped by the callback"
+    assert result.reason.value == "not converged: stopped by the callback; pass the result again to go on"
+    assert result.escapes == ()
     assert "num_steps=0" in repr(result)
     assert "state" not in repr(result)
     for reason in StopReason:
         assert DescentResult(np.ones((3, 3)), 3.0, 0, reason, {}).converged == reason.value.startswith(
             "converged"
         )
+
+
+@pytest.mark.parametrize("reason", [reason for reason in StopReason if "not" in reason.value.split(":")[0]])
+def test_what_has_not_converged_names_a_remedy(reason):
+    remedies = {
+        StopReason.STALLED: "use float64, a larger tolerance, another start or an image size that the "
+        "strides divide",
+        StopReason.OUT_OF_REACH: 'padding="circular", fewer filters or a smaller stride can help',
+        StopReason.MAX_STEPS: "continue with more steps, or use a larger tolerance",
+        StopReason.OVERFLOW: "scale the kernel down",
+        StopReason.STOPPED: "pass the result again to go on",
+    }
+    assert reason.value.split("; ")[-1] == remedies[reason]
+
+
+@pytest.mark.parametrize("escapes", [5, None, [(3, 0.1, (0,))], [Escape(3, 0.1, (0,)), "x"], iter([])])
+def test_escapes_of_a_result_are_escapes(escapes):
+    with pytest.raises(TypeError, match="escapes must be a sequence of Escape. Received: escapes="):
+        DescentResult(np.ones((3, 3)), 3.0, 0, StopReason.STOPPED, {}, escapes)
+
+
+def test_escapes_of_a_result_may_be_a_list():
+    escape = Escape(3, 0.1, (0,))
+    assert DescentResult(np.ones((3, 3)), 3.0, 0, StopReason.STOPPED, {}, [escape]).escapes == (escape,)
 
 
 @pytest.mark.parametrize("direction", ["gradient", "conjugate"])
@@ -364,6 +405,7 @@ def test_no_step_at_all():
         ({"tolerance": -0.1}, "tolerance must be"),
         ({"gradient_tolerance": float("inf")}, "gradient_tolerance must be"),
         ({"alpha": 0}, "alpha must be"),
+        ({"escape": 1}, "escape must be True or False. Received: escape=1"),
         ({"gradient": "numeric"}, "gradient must be one of .*Received: gradient='numeric'"),
         ({"method": "dense"}, "method must be one of .*'tape'.*Received: method='dense'"),
         ({"method": "theorem"}, "method must be one of .*Received: method='theorem'"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tf_frobreg import frobenius_penalty
 from tf_frobreg.convolution.axis import Axis
-from tf_frobreg.penalties.coincidence_classes import coincidences, count_places
+from tf_frobreg.penalties.coincidence_classes import coincidences, count_places, places, rows_and_columns
 
 
 @given(
@@ -33,6 +33,33 @@ def test_classes_of_a_long_axis_follow_from_short_ones(n, k, stride, dilation, p
     halved = coincidences(axis, side, half=True)
     assert halved.counts.sum() == found.counts.sum()
     assert np.array_equal(halved.counts[halved.diagonal], found.counts[found.diagonal])
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from(["same", "valid", "circular"]),
+    st.sampled_from(["input", "output"]),
+)
+def test_rows_and_columns_of_a_long_axis_follow_from_a_short_one(n, k, stride, dilation, padding, side):
+    assume(stride == 1 or dilation == 1)
+    axis = Axis(n, k, stride, dilation, padding)
+    assume(padding != "valid" or n >= axis.span)
+    classes = coincidences(axis, side)
+    expected = {}  # by pixel: how often each class occurs in its row and in its column
+    for i, j, number in places(axis, side).tolist():
+        for pixel, end in ((i, 0), (j, 1)):
+            expected.setdefault(pixel, np.zeros((2, len(classes.counts))))[end, number] += 1
+    found = rows_and_columns(axis, side)
+    rows = {tuple(row.ravel()) for row in np.moveaxis(found, 1, 0) if row.any()}
+    assert rows == {tuple(row.ravel()) for row in expected.values()}
+    # One of two classes that are each other's transpose stands for both. Its column is the other's row.
+    half = rows_and_columns(axis, side, half=True)
+    assert {pixel.sum() for pixel in np.moveaxis(half, 1, 0)} == {
+        pixel[0].sum() for pixel in np.moveaxis(found, 1, 0)
+    }
 
 
 def test_a_3_tap_same_axis_has_seven_classes():

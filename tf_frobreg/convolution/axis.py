@@ -80,12 +80,14 @@ class Axis:
         inside = (inputs >= 0) & (inputs < self.input_size)
         return Taps(outputs[inside], inputs[inside], entries[inside])
 
-    def shortened(self) -> "Axis":
+    def shortened(self, spans: int = 2) -> "Axis":
         """Returns an axis with the same border, and an interior of a few periods of the stride.
 
-        An axis longer than a few kernel widths only repeats its interior.
+        An axis longer than a few kernel widths only repeats its interior. With `spans=2` the result has all
+        sets of taps that a pixel, or a pair of pixels, can have. With `spans=4` it also has a pixel at which
+        none of the pairs is near the border.
         """
-        short = 2 * self.span + 2 * self.stride
+        short = spans * self.span + 2 * self.stride
         repeats = (self.input_size - short) // self.stride
         if repeats <= 1:
             return self

@@ -95,7 +95,8 @@ def _patch_of_axis(axis: Axis, side: Side) -> tuple[int, int]:
             inside = (axis.taps.entries >= first) & (axis.taps.entries < first + count)
             inputs = axis.taps.inputs[inside]
             once = len(np.unique(inputs)) == len(inputs)
-            used = len(np.unique(axis.taps.entries[inside])) == count  # on a tiny image some tap meets no pixel
+            # On a tiny image, some taps meet no pixel.
+            used = len(np.unique(axis.taps.entries[inside])) == count
             wanted = len(reached) if side == "input" else count * axis.output_size
             if once and used and len(inputs) == wanted:
                 return first, count

@@ -47,7 +47,8 @@ class StopReason(enum.Enum):
     CONVERGED = "converged: σmax and σmin are within the tolerance of √α"
     STATIONARY = "converged: the gradient is below its tolerance"
     STALLED = (
-        "not converged: R falls no further; use float64 or a larger tolerance, or start from another kernel"
+        "not converged: R falls no further; use float64, a larger tolerance, another start or an image size "
+        "that the strides divide"
     )
     OUT_OF_REACH = (
         "not converged: no kernel of this geometry reaches √α, because too few taps meet some pixels; the "
@@ -174,19 +175,19 @@ def regularize_kernel(
         tolerance: Stop if max(|σmax − √α|, |σmin − √α|), equation (1.1), is at most this. 0 disables it.
         gradient_tolerance: Stop if ‖∂R_α/∂K‖_F is at most this. 0 disables it.
         measure: How often σ is measured. "rarely": only if R_α alone cannot decide convergence, and at the
-            end; never with `tolerance=0`. If M has more than 20,000 rows and columns, a bound on |σ² − α|
-            that costs as much as a step decides, and σ is measured at the end. "never": only R_α and the
-            bound decide. "often": also at each of the first 40 steps, and then at regular intervals of at
-            most a twentieth of the steps so far, for a figure such as Figure 4.1.
+            end; never with `tolerance=0`. If M has more than 20,000 rows and columns, σ is measured at the
+            end only. Before, a bound on |σ² − α| decides, at the cost of a step. "never": only R_α and the
+            bound decide. "often": also at each of the first 40 steps, and then at intervals of at most a
+            twentieth of the steps so far. A figure such as Figure 4.1 needs this.
         gradient: Older spelling of the source of G: "theorem" for its formula, "tape" for `tf.GradientTape`.
         method: How R_α and G are computed: "closed_form", "sparse" (Theorem 3.1 on the explicit matrix M), or
             "tape" (`tf.GradientTape` through `frobenius_penalty`). The polynomial of the exact steps always
             comes from the closed form.
-        escape: Whether "exact" steps leave local minima at which some σ stay near 0. If R_α stays above 0.1
-            α² over its floor and falls by less than 5 % in 20 steps, the descent goes on at (1 − t)·K + t·Q
-            in the groups that are stuck. Q is the nearest kernel with all σ at √α and, at stride 1, only one
-            tap: √α times the polar factor of the sum of all taps. The first t is 0.1. A group that gets stuck
-            again takes 0.2, 0.35, 0.5, 0.7, 0.9 and 1. Other step rules never escape.
+        escape: Whether "exact" steps leave local minima at which some σ stay near 0. A group is stuck if its
+            part of R_α is more than 0.1 α² above the floor and falls by less than 5 % in 20 steps. There the
+            descent goes on at (1 − t)·K + t·Q. Q is the nearest kernel with all σ at √α and, at stride 1,
+            only one tap: √α times the polar factor of the sum of all taps. The first t is 0.1. A group that
+            gets stuck again takes 0.2, 0.35, 0.5, 0.7, 0.9 and 1. Other step rules never escape.
         callback: Called as `callback(step, kernel, penalty)` before every step. A true value stops the
             descent.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
@@ -279,7 +280,7 @@ def _descend(
         rows.append(_Row(step, penalty, scalars.gradient_norm, rate, verdict.sigma_max, verdict.sigma_min))
         if following is None:
             break
-        if rule.escapes and rule.escapes[-1].step == step:
+        if math.isnan(rate):  # an escape
             check.restart()
         point = following
     if reason is StopReason.DIVERGED:

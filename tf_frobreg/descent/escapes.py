@@ -50,7 +50,7 @@ class Escape(NamedTuple):
 
 
 class EscapePlan:
-    """Notices that a descent is stuck, and says where to go on.
+    """Notices that a descent is stuck, and chooses the kernel to go on from.
 
     Args:
         penalty: R_α.

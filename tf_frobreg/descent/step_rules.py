@@ -172,7 +172,7 @@ class EscapingSteps(ExactSteps):
 
     Args:
         evaluation: What is computed at each point.
-        plan: Notices that the descent is stuck, and says where to go on.
+        plan: Notices that the descent is stuck, and chooses the kernel to go on from.
     """
 
     def __init__(self, evaluation: Evaluation, plan: EscapePlan):

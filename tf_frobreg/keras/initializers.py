@@ -38,9 +38,9 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
     if no kernel of the geometry reaches √α: for example with padding="valid", more filters than
     strides² · channels and a kernel larger than the stride, because too few taps read the border pixels.
 
-    A kernel is computed once. A copy of the initializer made from its configuration, as in a cloned model,
-    has the same seed and uses the kernel again while the first initializer exists. When Keras loads a model,
-    whose weights replace the start, there is no descent.
+    A kernel is computed once. A copy of the initializer made from its configuration has the same seed, for
+    example in a cloned model. It uses the kernel again while the first initializer exists. There is no
+    descent when Keras loads a model, whose weights replace the start.
 
     Args:
         input_size: Spatial size of the layer's input, an int or one int per axis. () for `Dense`.

@@ -3,8 +3,8 @@
 Block (i, i) of the smaller Gram matrix is Σ K[p]K[p]ᵀ over the taps p that reach pixel i. It must be αI for
 every pixel. Two elementary arguments can show that this is impossible:
 
-- If the taps of one pixel are a part of the taps of another, the taps that only the other has must be 0,
-  because each addend is positive semidefinite. If no tap is left at some pixel, its block is 0.
+- The taps of one pixel can be a part of the taps of another. Then the taps that only the other has must be
+  0, because each addend is positive semidefinite. If no tap is left at some pixel, its block is 0.
 - A pixel that t taps reach has a block of rank at most t·h, which must be at least g. t can be 0.
 """
 

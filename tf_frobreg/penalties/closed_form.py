@@ -61,8 +61,8 @@ class Part:
         target: `(joint classes,)`, √(2n) for classes on the diagonal of all axes and 0 for others. None for
             the part off the diagonal.
         weights: `(joint classes,)`, √(2n) for all classes.
-        rows: `(2, different rows, classes)`, how often each class of the first axis occurs in a row and in a
-            column of the first axis' Gram matrix, as `rows_and_columns` returns it.
+        rows: `(2, different rows, classes)`, what `rows_and_columns` returns for the first axis: how often
+            each class occurs in a row and in a column of the axis' Gram matrix.
     """
 
     pairs: np.ndarray

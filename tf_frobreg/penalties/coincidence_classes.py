@@ -74,10 +74,10 @@ def coincidences(axis: Axis, side: Side, *, half: bool = False) -> Coincidences:
 
 @lru_cache(maxsize=1024)
 def rows_and_columns(axis: Axis, side: Side, *, half: bool = False) -> np.ndarray:
-    """Returns how often each class of `coincidences` occurs in row i and in column i of one axis' Gram matrix.
+    """Returns how often each class of `coincidences` occurs in a row and in a column of an axis' Gram matrix.
 
-    With `half`, a class that is its own transpose counts half. Row i of the whole matrix then has the classes
-    of the first entry, and the transposes of the classes of the second entry.
+    With `half`, a class that is its own transpose counts half. Row i then consists of the classes of row i
+    and of the transposes of the classes of column i.
 
     Returns:
         `(2, different i, classes)` floats, first for the rows and then for the columns.
@@ -86,7 +86,7 @@ def rows_and_columns(axis: Axis, side: Side, *, half: bool = False) -> np.ndarra
     number = {
         tuple(map(tuple, classes.pairs[row].tolist())): count for count, row in enumerate(classes.members)
     }
-    short = axis.shortened()
+    short = axis.shortened(spans=4)
     table = np.zeros((2, short.input_size if side == "input" else short.output_size, len(number)))
     for c, where in _places_by_class(short, side).items():
         if c in number:  # with `half`, the transpose can stand for both
