@@ -41,7 +41,7 @@ class StopReason(enum.Enum):
 
     Example:
         >>> print(StopReason.MAX_STEPS.value)
-        not converged: out of steps
+        not converged: out of steps; continue with more steps, or use a larger tolerance
     """
 
     CONVERGED = "converged: σmax and σmin are within the tolerance of √α"
