@@ -10,6 +10,7 @@ from geometries import CIRCULAR_CASES, KERAS_CASES, label
 import tf_frobreg.descent.stopping
 from tf_frobreg import penalty_excess, singular_values
 from tf_frobreg.convolution.geometry import Convolution
+from tf_frobreg.convolution.isometric_patch import isometric_patch
 from tf_frobreg.descent.stopping import ConvergenceCheck, Verdict
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 from tf_frobreg.spectrum.extremes import ExtremeSingularValues
@@ -52,6 +53,19 @@ def found(monkeypatch):
             return ExtremeSingularValues(*np.nan_to_num(value, nan=1.0), 0.0, 0.0, *known)
 
     monkeypatch.setattr(tf_frobreg.descent.stopping, "ExtremesFinder", Finder)
+    return values, kernels
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    """Replaces the bound. Returns a list of the values to be found, and a list of the kernels."""
+    values, kernels = [], []
+
+    def deviation_bound(penalty, kernel):
+        kernels.append(kernel)
+        return tf.constant(values.pop(0) if values else 0.0, tf.float64)
+
+    monkeypatch.setattr(FrobeniusPenalty, "deviation_bound", deviation_bound)
     return values, kernels
 
 
@@ -201,16 +215,157 @@ def test_r_does_not_decide_if_it_does_not_count_every_singular_value(found):
     assert make_check(1.0, conv=strided)(0, tf.zeros((1, 1, 2, 4), tf.float64), 0.0).converged
 
 
-def test_a_positive_tolerance_needs_memory_for_sigma():
+def nearly_isometric(case, alpha):
+    conv = Convolution.of(case.kernel_shape, case.image, case.geometry)
+    nearest = isometric_patch(conv).nearest_isometry(case.kernel(), alpha)
+    return conv, nearest + 1e-4 * case.kernel(1)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_without_measurements_the_bound_is_compared_with_the_tolerance(found, case, alpha):
+    conv, kernel = nearly_isometric(case, alpha)
+    penalty = FrobeniusPenalty(conv, alpha)
+    now, bound = (float(f(tf.constant(kernel))) for f in (penalty.excess, penalty.deviation_bound))
+    for share in (0.99, 1.01):
+        allowed = share * bound
+        if allowed >= alpha:  # no kernel of this geometry is near an isometry
+            continue
+        tolerance = alpha**0.5 - (alpha - allowed) ** 0.5
+        verdict = make_check(tolerance, "never", conv, alpha)(0, tf.constant(kernel), now)
+        counted = penalty.num_singular_values == min(conv.shape)
+        np.testing.assert_equal(
+            verdict, Verdict(*UNMEASURED, counted and (allowed >= bound or now <= allowed**2))
+        )
+        if verdict.converged:
+            sigma = singular_values(kernel, case.image, **case.geometry)
+            assert np.abs(sigma - alpha**0.5).max() <= tolerance
+    assert not found[1]
+
+
+def test_sigma_is_never_measured_if_it_must_not_be(found, bounds):
+    bounds[0][:] = [1.0] * 2000
+    check = make_check(0.01, "never")
+    for step in range(1000):
+        np.testing.assert_equal(
+            check(step, identity(), 0.0005 + 0.01 / (1 + step)), Verdict(*UNMEASURED, False)
+        )
+    np.testing.assert_equal(check.final_sigma(identity()), UNMEASURED)
+    assert bounds[1]
+    assert not found[1]
+
+
+def test_the_bound_is_not_needed_if_r_decides(bounds):
+    check = make_check(0.01, "never")
+    largest = 36 * (2 * 0.01 + 0.01**2) ** 2  # every larger excess shows that some σ is too far away
+    smallest = (2 * 0.01 - 0.01**2) ** 2  # every smaller one shows that no σ is
+    assert not check(0, identity(), 1.001 * largest).converged
+    assert check(1, identity(), 0.999 * smallest).converged
+    assert not bounds[1]
+    assert check(2, identity(), 0.999 * largest).converged
+    assert len(bounds[1]) == 1
+
+
+def test_after_a_look_at_the_bound_the_next_waits_for_a_lower_r_or_a_later_step(bounds):
+    values, kernels = bounds
+    allowed = 2 * 0.01 - 0.01**2
+    values += [2 * allowed] * 3
+    check = make_check(0.01, "never")
+    check(0, identity(), 0.01)
+    assert len(kernels) == 1
+    # The bound is twice what is allowed. A quarter of R brings it there.
+    for step in range(1, 100):
+        assert not check(step, identity(), 0.951 * 0.01 / 4).converged
+    assert len(kernels) == 1
+    check(99, identity(), 0.949 * 0.01 / 4)
+    assert len(kernels) == 2
+    check(198, identity(), 0.005)
+    assert len(kernels) == 2
+    check(199, identity(), 0.005)
+    assert len(kernels) == 3
+
+
+@pytest.mark.parametrize("measure", ["never", "rarely"])
+def test_after_an_escape_the_next_look_is_due_at_once(found, bounds, measure):
+    found[0][:] = [(1.02, 1.0)] * 3
+    bounds[0][:] = [0.04] * 3
+    looks = found[1] if measure == "rarely" else bounds[1]
+    check = make_check(0.01, measure)
+    for step in range(3):
+        check(step, identity(), 0.01)
+    assert len(looks) == 1
+    check.restart()
+    for step in range(3, 6):
+        check(step, identity(), 0.01)
+    assert len(looks) == 2
+
+
+@pytest.mark.parametrize("rows", [35, 36])
+def test_sigma_of_a_large_layer_is_measured_at_the_end_only(monkeypatch, found, bounds, rows):
+    monkeypatch.setattr(tf_frobreg.descent.stopping, "SEARCHED_ROWS", rows)
+    assert min(CONV.shape) == 36
+    by_bound = rows < 36
+    bounds[0][:] = [1.0]
+    check = make_check(0.01)
+    verdict = check(0, identity(), 0.01)
+    np.testing.assert_equal(verdict, Verdict(*UNMEASURED, False) if by_bound else Verdict(1.0, 1.0, True))
+    assert (len(found[1]), len(bounds[1])) == ((0, 1) if by_bound else (1, 0))
+    assert check.final_sigma(identity()) == (1.0, 1.0)
+
+
+def test_often_measures_large_layers_too(monkeypatch, found, bounds):
+    monkeypatch.setattr(tf_frobreg.descent.stopping, "SEARCHED_ROWS", 1)
+    found[0][:] = [(1.5, 0.5)] * 1000
+    check = make_check(0.01, "often")
+    measured = [step for step in range(100) if not math.isnan(check(step, identity(), 5.0).sigma_max)]
+    assert measured == [*range(40), *range(40, 100, 2)]
+    assert not bounds[1]  # R shows that the kernel is far from converged
+    assert check(101, identity(), 0.001).converged  # no measurement at this step, so the bound decides
+    assert len(bounds[1]) == 1
+
+
+@pytest.mark.parametrize("measure", ["never", "rarely", "often"])
+def test_without_memory_for_sigma_the_bound_decides(bounds, measure):
     conv = Convolution((3, 3, 8, 8), 10**5)
-    with pytest.raises(ValueError, match="tolerance needs σ, .*Use tolerance=0.*Received: tolerance=0.01"):
-        make_check(conv=conv)
-    check = make_check(0.0, measure="often", conv=conv)
-    np.testing.assert_equal(check(0, tf.zeros(conv.kernel_shape), 1.0), Verdict(*UNMEASURED, False))
+    check = make_check(0.01, measure, conv)
+    bounds[0][:] = [1.0, 0.0199]
+    for converged in (False, True):
+        verdict = check(0, tf.zeros(conv.kernel_shape), 1.0)
+        np.testing.assert_equal(verdict, Verdict(*UNMEASURED, converged))
+        check.restart()
     np.testing.assert_equal(check.final_sigma(tf.zeros(conv.kernel_shape)), UNMEASURED)
+    unlimited = make_check(0.0, measure, conv)
+    np.testing.assert_equal(unlimited(0, tf.zeros(conv.kernel_shape), 1.0), Verdict(*UNMEASURED, False))
 
 
-@pytest.mark.parametrize("measure", ["never", None, 1, True])
+@pytest.mark.parametrize(
+    ("sigma", "tolerance", "expected"),
+    [
+        ((1.009, 0.991), 0.01, True),
+        ((1.011, 0.991), 0.01, False),
+        ((1.009, 0.989), 0.01, False),
+        ((1.0, 1.0), 0.0, False),
+        ((1.0, math.nan), 0.01, False),
+        ((math.nan, 1.0), 0.01, False),
+    ],
+)
+def test_at_the_end_the_measured_values_decide(bounds, sigma, tolerance, expected):
+    assert make_check(tolerance).is_within(identity(), *sigma) == expected
+    assert not bounds[1]
+
+
+def test_at_the_end_the_bound_decides_if_nothing_was_measured(bounds):
+    bounds[0][:] = [0.0199, 0.02]
+    check = make_check(0.01, "never")
+    assert check.is_within(identity(), *UNMEASURED)
+    assert not check.is_within(identity(), *UNMEASURED)
+    assert len(bounds[1]) == 2
+    strided = Convolution((1, 1, 2, 4), 6, strides=2)  # R and the bound do not count every σ
+    for check in (make_check(0.0, "never"), make_check(0.01, "never", strided)):
+        assert not check.is_within(identity(), *UNMEASURED)
+
+
+@pytest.mark.parametrize("measure", ["always", None, 1, True])
 def test_measure_must_be_a_known_word(measure):
-    with pytest.raises(ValueError, match="measure must be one of .*'rarely', 'often'.*Received: measure="):
+    with pytest.raises(ValueError, match="one of .*'never', 'rarely', 'often'.*Received: measure="):
         make_check(measure=measure)
