@@ -290,6 +290,7 @@ def test_a_result_can_be_made_by_hand():
     assert result.escapes == ()
     assert "num_steps=0" in repr(result)
     assert "state" not in repr(result)
+    assert str(result) == f"R 3 after 0 steps, {result.reason.value}"
     for reason in StopReason:
         assert DescentResult(np.ones((3, 3)), 3.0, 0, reason, {}).converged == reason.value.startswith(
             "converged"
@@ -299,14 +300,13 @@ def test_a_result_can_be_made_by_hand():
 @pytest.mark.parametrize("reason", [reason for reason in StopReason if "not" in reason.value.split(":")[0]])
 def test_what_has_not_converged_names_a_remedy(reason):
     remedies = {
-        StopReason.STALLED: "use float64, a larger tolerance, another start or an image size that the "
-        "strides divide",
-        StopReason.OUT_OF_REACH: 'padding="circular", fewer filters or a smaller stride can help',
-        StopReason.MAX_STEPS: "continue with more steps, or use a larger tolerance",
-        StopReason.OVERFLOW: "scale the kernel down",
-        StopReason.STOPPED: "pass the result again to go on",
+        StopReason.STALLED: ["escape=True", "float64", "a larger tolerance"],
+        StopReason.OUT_OF_REACH: ["fewer filters", "can help"],
+        StopReason.MAX_STEPS: ["more steps", "a larger tolerance"],
+        StopReason.OVERFLOW: ["scale the kernel down"],
+        StopReason.STOPPED: ["pass the result again to go on"],
     }
-    assert reason.value.split("; ")[-1] == remedies[reason]
+    assert all(remedy in reason.value.split("; ")[-1] for remedy in remedies[reason])
 
 
 @pytest.mark.parametrize("escapes", [5, None, [(3, 0.1, (0,))], [Escape(3, 0.1, (0,)), "x"], iter([])])
@@ -422,3 +422,29 @@ def test_no_step_at_all():
 def test_bad_arguments_are_refused_by_name(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         regularize_kernel(**{"kernel": np.ones((3, 3, 1, 1)), "input_size": 8} | arguments)
+
+
+STUCK = np.random.RandomState(0).randn(5, 4, 4) / 20**0.5  # two windings: two pixels are lost
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.01])
+def test_a_small_gradient_in_a_local_minimum_is_no_success(tolerance):
+    options = {"gradient_tolerance": 1e-3, "tolerance": tolerance}
+    plain = regularize_kernel(STUCK, 32, escape=False, **options)
+    assert plain.reason is StopReason.STATIONARY
+    assert plain.penalty == pytest.approx(2.0, abs=1e-4)
+    result = regularize_kernel(STUCK, 32, **options)
+    assert result.converged
+    assert result.escapes
+    assert result.penalty < 0.01
+
+
+def test_a_printed_result_shows_the_escapes_and_sigma():
+    result = regularize_kernel(STUCK, 32)
+    low, high = (result.history[name][-1] for name in ("sigma_min", "sigma_max"))
+    assert str(result) == (
+        f"R {result.penalty:.4g} after {result.num_steps} steps, {len(result.escapes)} escapes, "
+        f"σ {low:.4g} … {high:.4g}, {StopReason.CONVERGED.value}"
+    )
+    unmeasured = regularize_kernel(STUCK, 32, tolerance=0.0, max_steps=1)
+    assert str(unmeasured) == f"R {unmeasured.penalty:.4g} after 1 steps, {StopReason.MAX_STEPS.value}"

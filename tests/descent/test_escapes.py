@@ -9,6 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from ids import stable_id
 from oracles import dense_penalty, naive_matrix
 
@@ -173,7 +174,7 @@ def check_history(result, kernels, image, geometry, alpha=1.0):
         assert np.array_equal(before[..., t == 0, :, :], after[..., t == 0, :, :])
         mixed = (1 - t[:, None, None]) * before + t[:, None, None] * nearest
         np.testing.assert_allclose(after, mixed, rtol=0, atol=1e-12 if kernel.dtype == "float64" else 1e-5)
-        assert (penalty.excess_by_group(kernels[step]).numpy()[t > 0] > 0.1 * alpha**2).all()
+        assert (penalty.excess_by_group(tf.constant(kernels[step])).numpy()[t > 0] > 0.1 * alpha**2).all()
         mixed = conv.from_groups(mixed, np)
         expected = frobenius_penalty(mixed, image, alpha=alpha, **geometry).numpy()
         assert history["penalty"][step + 1] == pytest.approx(expected, rel=tolerance)
@@ -222,6 +223,7 @@ def test_descents_from_many_starts_converge(kind, alpha):
     assert np.median(steps) <= 250
 
 
+@pytest.mark.slow
 def test_the_median_descent_takes_at_most_200_steps():
     steps = []
     for kind in (
@@ -257,7 +259,7 @@ def expected_escapes(history, floor, alpha):
     [
         ("one channel", 1),
         ("four channels", 1),
-        ("sixteen channels", 0),
+        ("sixteen channels", 1),
         ("Conv1D", 0),
         ("valid, four channels", 0),
     ],
@@ -303,7 +305,7 @@ def test_channels_that_are_stuck_again_jump_farther_alone():
         assert set(escape.groups) <= {group for e in earlier for group in e.groups}
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("four channels", 1), ("depthwise", 0), ("strides", 0)])
+@pytest.mark.parametrize(("kind", "seed"), [("four channels", 1), ("depthwise", 0), ("Conv1D, strides", 0)])
 def test_without_escapes_the_descent_is_that_of_plain_exact_steps(kind, seed):
     shape, image, geometry = KINDS[kind]
     plain, kernels = descend(start(shape, seed), image, geometry, escape=False, max_steps=60, tolerance=0.0)
@@ -389,7 +391,7 @@ def test_another_process_gives_the_same_output_bit_for_bit():
     assert found.stdout.split() == expected
 
 
-PIECES = [("eight channels", 0), ("depthwise", 0), ("groups", 0), ("strides", 0)]
+PIECES = [("eight channels", 0), ("depthwise", 0), ("groups", 0), ("Conv1D, strides", 0)]
 
 
 @pytest.mark.parametrize(("kind", "seed"), PIECES)
@@ -398,7 +400,7 @@ def test_a_descent_in_pieces_of_7_steps_is_the_whole_one(kind, seed):
     whole = regularize_kernel(start(shape, seed), image, max_steps=105, tolerance=0.0, **geometry)
     assert len(whole.escapes) > 1
     part = regularize_kernel(start(shape, seed), image, max_steps=0, tolerance=0.0, **geometry)
-    while part.num_steps < 105:
+    for _ in range(15):
         part = regularize_kernel(part, image, max_steps=7, tolerance=0.0, **geometry)
         assert part.escapes == tuple(escape for escape in whole.escapes if escape.step < part.num_steps)
     assert np.array_equal(part.kernel, whole.kernel)
@@ -525,7 +527,7 @@ def test_out_of_steps_is_out_of_reach_if_no_kernel_reaches_it(learning_rate):
 
 
 @pytest.mark.parametrize("measure", ["rarely", "never"])
-@pytest.mark.parametrize("noise", [1e-3, 0.1])
+@pytest.mark.parametrize("noise", [2e-4, 0.1])
 def test_a_kernel_within_the_tolerance_has_converged_even_if_the_steps_are_used_up(
     monkeypatch, noise, measure
 ):
@@ -573,8 +575,11 @@ def test_sigma_of_a_large_layer_is_measured_once(monkeypatch):
 
 
 def test_escapes_may_raise_r_by_their_definition_only():
-    """The penalty after an escape from the slow twin's own M."""
-    result, kernels = descend(start((3, 3, 1, 1)), 7, {})
+    """One channel, by hand: the polar factor is a sign, and the slow twin gives M."""
+    kernel = -0.05 * start((3, 3, 1, 1))
+    kernel[0, 1] -= 1.0  # a shift, which loses border pixels
+    result, kernels = descend(kernel, 7, {})
+    assert result.converged
     assert result.escapes
     for escape in result.escapes:
         total = kernels[escape.step].sum()

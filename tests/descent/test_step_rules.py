@@ -231,6 +231,17 @@ def test_other_random_kernels_neither_fail_nor_diverge(seed, dtype):
         assert shape[2] == shape[3]  # only square kernels have local minima to end in
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_other_random_kernels_converge_with_escapes(seed):
+    start, size = other_random_kernel(seed, ("float32", "float64")[seed % 2])
+    result = regularize_kernel(start, size, max_steps=800)
+    assert result.reason is StopReason.CONVERGED
+    sigma = singular_values(result.kernel, size)
+    assert max(abs(sigma[0] - 1), abs(sigma[-1] - 1)) <= 0.0101
+    rises = np.flatnonzero(np.diff(result.history["penalty"]) > 0)
+    assert set(rises) <= {escape.step for escape in result.escapes}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_at_the_optimum_rounding_ends_the_descent(dtype):
     # The minima of convolutions are flat, and the path to their bottom is endless. A Dense layer has others.

@@ -207,3 +207,23 @@ def test_the_image_size_hardly_matters():
 
 def test_a_proof_that_would_take_too_long_is_not_tried():
     assert not is_out_of_reach(Convolution((31, 31, 1, 2), 200, padding="valid"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "geometry", "expected"),
+    [
+        ((3, 3, 4, 5), 12, {}, True),
+        ((3, 3, 16, 17), 16, {}, True),
+        ((3, 3, 4, 5), 8, {"kind": "transpose"}, True),
+        ((3, 3, 4, 8), 12, {"dilation_rate": 2}, True),
+        ((3, 3, 4, 17), 13, {"strides": 2}, True),
+        ((3, 3, 4, 16), 13, {"strides": 2}, False),
+        # Not all lags fit into these images.
+        ((3, 3, 1, 9), 4, {}, False),
+        ((3, 3, 2, 3), 4, {}, False),
+        ((3, 3, 3, 6), 3, {}, False),
+    ],
+)
+def test_one_filter_too_many_without_a_border_is_out_of_reach(shape, size, geometry, expected):
+    conv = Convolution.of(shape, size, {"padding": "valid", **geometry})
+    assert is_out_of_reach(conv) == expected

@@ -41,20 +41,22 @@ class StopReason(enum.Enum):
 
     Example:
         >>> print(StopReason.MAX_STEPS.value)
-        not converged: out of steps; continue with more steps, or use a larger tolerance
+        not converged: out of steps; continue with more steps and escape=True, or use a larger tolerance
     """
 
     CONVERGED = "converged: σmax and σmin are within the tolerance of √α"
     STATIONARY = "converged: the gradient is below its tolerance"
     STALLED = (
-        "not converged: R falls no further; use float64, a larger tolerance, another start or an image size "
+        "not converged: R falls no further; use escape=True, float64, a larger tolerance or an image size "
         "that the strides divide"
     )
     OUT_OF_REACH = (
-        "not converged: no kernel of this geometry reaches √α, because too few taps meet some pixels; the "
-        'best one found is kept; padding="circular", fewer filters or a smaller stride can help'
+        "not converged: no kernel of this geometry reaches √α, because some pixels have too few taps and "
+        "channels; the lowest R found is kept; fewer filters, or no border if there is one, can help"
     )
-    MAX_STEPS = "not converged: out of steps; continue with more steps, or use a larger tolerance"
+    MAX_STEPS = (
+        "not converged: out of steps; continue with more steps and escape=True, or use a larger tolerance"
+    )
     DIVERGED = "diverged: λ is too large, the penalty is not finite; the kernel with the lowest one is kept"
     OVERFLOW = "not started: the penalty of this kernel exceeds its dtype; scale the kernel down"
     STOPPED = "not converged: stopped by the callback; pass the result again to go on"
@@ -123,7 +125,12 @@ class DescentResult:
         object.__setattr__(self, "escapes", tuple(self.escapes))
 
     def __str__(self) -> str:
-        return f"R {self.penalty:.4g} after {self.num_steps} steps, {self.reason.value}"
+        columns = [np.asarray(self.history.get(name, ())) for name in ("sigma_min", "sigma_max")]
+        low, high = (c[self.num_steps] if len(c) > self.num_steps else math.nan for c in columns)
+        measured = "" if math.isnan(low + high) else f"σ {low:.4g} … {high:.4g}, "
+        jumps = len({escape.step for escape in self.escapes})
+        escaped = f", {jumps} escape{'' if jumps == 1 else 's'}" if jumps else ""
+        return f"R {self.penalty:.4g} after {self.num_steps} steps{escaped}, {measured}{self.reason.value}"
 
     @property
     def converged(self) -> bool:
@@ -173,7 +180,8 @@ def regularize_kernel(
             would ascend. The default is "conjugate" with "exact", and "gradient" otherwise.
         max_steps: Maximal number of steps, not counting those of a `DescentResult` that is continued.
         tolerance: Stop if max(|σmax − √α|, |σmin − √α|), equation (1.1), is at most this. 0 disables it.
-        gradient_tolerance: Stop if ‖∂R_α/∂K‖_F is at most this. 0 disables it.
+        gradient_tolerance: Stop if ‖∂R_α/∂K‖_F is at most this, and the descent will not escape from there.
+            0 disables it.
         measure: How often σ is measured. "rarely": only if R_α alone cannot decide convergence, and at the
             end; never with `tolerance=0`. If M has more than 20,000 rows and columns, σ is measured at the
             end only. Before, a bound on |σ² − α| decides, at the cost of a step. "never": only R_α and the
@@ -237,6 +245,7 @@ def regularize_kernel(
         max_steps=max_steps,
         gradient_tolerance=gradient_tolerance,
         callback=callback,
+        can_escape=rule.can_escape,
     )
     start = rule.start(kernel, before._state if before else None)
     reason, step, end = _descend(start, rows, penalty.floor, rule, check, stop_reason)
@@ -299,6 +308,7 @@ def _stop_reason(
     max_steps: int,
     gradient_tolerance: float,
     callback: Callable[[int, np.ndarray, float], bool | None] | None,
+    can_escape: Callable[[Point], bool],
 ) -> StopReason | None:
     """Returns why the descent stops at a point, or None. The callback sees every point that is finite."""
     if not math.isfinite(point.scalars.excess):
@@ -308,7 +318,7 @@ def _stop_reason(
     stopped = callback is not None and not seen and callback(step, point.kernel.numpy(), penalty)
     if converged:
         return StopReason.CONVERGED
-    if point.scalars.gradient_norm <= gradient_tolerance > 0:
+    if point.scalars.gradient_norm <= gradient_tolerance > 0 and not can_escape(point):
         return StopReason.STATIONARY
     if step - first == max_steps:
         return StopReason.MAX_STEPS

@@ -7,6 +7,7 @@ wrong class the border loses pixels, or zeros of the symbol remain. An escape ju
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -112,12 +113,10 @@ class EscapePlan:
             at_end: Whether no further step lowers R_α.
         """
         fractions = self._fractions(self._stuck(at_end=at_end))
-        if not any(fractions):
+        if not any(fractions) or not self._patch_attains_floor:
             return None
         conv = self._penalty.conv
         isometry = self._patch.nearest_isometry(kernel.numpy(), self._penalty.alpha)
-        if self._penalty.excess(tf.constant(isometry)) > self._stuck_excess:
-            return None  # the floor is not attained by a patch, so a jump promises nothing
         t = np.array(fractions)[:, None, None]
         start, end = (conv.by_group(array.astype(np.float64), np) for array in (kernel.numpy(), isometry))
         mixed = conv.from_groups(start + t * (end - start), np)
@@ -127,6 +126,18 @@ class EscapePlan:
         ]
         self._recent.clear()
         return tf.constant(mixed.astype(kernel.dtype.as_numpy_dtype))
+
+    def can_escape(self, excess_by_group: np.ndarray) -> bool:
+        """Returns whether some group is far above its floor, and has a t left."""
+        far = excess_by_group > self._stuck_excess
+        return any(self._fractions(far)) and self._patch_attains_floor
+
+    @cached_property
+    def _patch_attains_floor(self) -> bool:
+        """Whether the patch kernel has the lowest R_α. Otherwise a jump towards it promises nothing."""
+        conv = self._penalty.conv
+        isometry = self._patch.nearest_isometry(np.zeros(conv.kernel_shape), self._penalty.alpha)
+        return bool(self._penalty.excess(tf.constant(isometry)) <= self._stuck_excess)
 
     def _stuck(self, *, at_end: bool = False) -> np.ndarray:
         """Returns which groups are far above their floor and do not fall."""

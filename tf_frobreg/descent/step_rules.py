@@ -133,6 +133,10 @@ class StepRule(abc.ABC):
         """The escapes so far. Only `EscapingSteps` has any."""
         return ()
 
+    def can_escape(self, point: Point) -> bool:
+        """Returns whether the rule would leave a stationary point. Only `EscapingSteps` does."""
+        return False
+
     def state(self, point: Point | None) -> State:
         """Returns what `start` needs to continue from a point. None stands for a diverged descent."""
         return State(self._evaluation, point)
@@ -196,6 +200,10 @@ class EscapingSteps(ExactSteps):
         if kernel is not None:
             return self.restart(kernel), math.nan
         return (None, math.nan) if self._plan.gives_up else (new, rate)
+
+    def can_escape(self, point: Point) -> bool:
+        """Returns whether some group at this point is far above its floor and has a t left."""
+        return self._plan.can_escape(point.excess_by_group)
 
     @property
     def escapes(self) -> tuple[Escape, ...]:

@@ -1,13 +1,19 @@
 """Whether some kernel of a geometry has all its singular values at √α.
 
 Block (i, i) of the smaller Gram matrix is Σ K[p]K[p]ᵀ over the taps p that reach pixel i. It must be αI for
-every pixel. Two elementary arguments can show that this is impossible:
+every pixel, and the blocks off the diagonal must be 0. Three arguments can show that this is impossible:
 
 - The taps of one pixel can be a part of the taps of another. Then the taps that only the other has must be
   0, because each addend is positive semidefinite. If no tap is left at some pixel, its block is 0.
 - A pixel that t taps reach has a block of rank at most t·h, which must be at least g. t can be 0.
+- If the image is large enough for all pairs of taps of each lag to meet, the kernel is an isometry of images
+  without a border too. Its Fourier symbol is a matrix of s·g rows, one set per residue modulo the strides,
+  and h columns. The symbol must have the full rank s·g for rows of inputs, and h for rows of outputs.
 """
 
+import itertools
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache, reduce
 
@@ -15,6 +21,7 @@ import numpy as np
 
 from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution, Side
+from tf_frobreg.penalties.coincidence_classes import Class, count_places
 
 # Up to this many products (pixel kinds)² · taps the first argument is tried. It takes about a second.
 MOST_PRODUCTS = 10**9
@@ -29,7 +36,28 @@ def is_out_of_reach(conv: Convolution) -> bool:
     rows, columns = conv.shape
     # If M is square, both Gram matrices must be αI.
     sides: Sequence[Side] = ("input", "output") if rows == columns else (conv.gram_side,)
-    return any(_has_contradiction(conv, side) for side in sides)
+    return any(_lacks_rank_without_border(conv, side) or _has_contradiction(conv, side) for side in sides)
+
+
+def _lacks_rank_without_border(conv: Convolution, side: Side) -> bool:
+    """Returns whether the third argument shows that M is no isometry."""
+    _, g, h = conv.blocks
+    rows = math.prod(min(axis.stride, axis.kernel_size) for axis in conv.axes) * g
+    enough = rows <= h if side == "input" else h <= rows
+    return not enough and all(_has_all_lags(axis, side) for axis in conv.axes)
+
+
+@lru_cache(maxsize=256)
+def _has_all_lags(axis: Axis, side: Side) -> bool:
+    """Returns whether all pairs of taps of each lag meet somewhere on the axis, without other pairs."""
+    lags: dict[tuple[int, int], Class] = defaultdict(tuple)
+    for p, r in itertools.product(range(axis.kernel_size), repeat=2):
+        if side == "input":
+            lags[p - r, p % axis.stride] += ((p, r),)
+        elif (p - r) % axis.stride == 0:
+            lags[p - r, 0] += ((p, r),)
+    classes = count_places(axis.shortened(), side)
+    return all(tuple(sorted(pairs)) in classes for pairs in lags.values())
 
 
 def _has_contradiction(conv: Convolution, side: Side) -> bool:
