@@ -26,6 +26,7 @@ from tf_frobreg import (
 )
 from tf_frobreg.convolution.geometry import Convolution
 from tf_frobreg.convolution.isometric_patch import isometric_patch
+from tf_frobreg.descent.escapes import EscapePlan
 from tf_frobreg.descent.step_rules import step_rule
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 from tf_frobreg.spectrum.extremes import ExtremesFinder
@@ -195,8 +196,8 @@ def check_convergence(result, image, geometry, alpha=1.0):
     assert abs(history["sigma_min"][-1] - alpha**0.5) <= 0.0101
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_descent_of_each_kind_converges(kind):
+@pytest.mark.parametrize("kind", [kind for number, kind in enumerate(KINDS) if number % 5 < 2])
+def test_a_descent_converges(kind):
     shape, image, geometry = KINDS[kind]
     number = list(KINDS).index(kind)
     alpha, dtype = (1.0, 2.0)[number % 2], ("float64", "float32")[number // 2 % 2]
@@ -255,16 +256,15 @@ def expected_escapes(history, floor, alpha):
 
 
 @pytest.mark.parametrize(
-    ("kind", "seed"),
+    ("kind", "seed", "alpha"),
     [
-        ("one channel", 1),
-        ("four channels", 1),
-        ("sixteen channels", 1),
-        ("Conv1D", 0),
-        ("valid, four channels", 0),
+        ("one channel", 1, 1.0),
+        ("four channels", 1, 2.0),
+        ("sixteen channels", 1, 1.0),
+        ("Conv1D", 0, 2.0),
+        ("valid, four channels", 0, 1.0),
     ],
 )
-@pytest.mark.parametrize("alpha", [1.0, 2.0])
 def test_an_escape_follows_20_steps_without_progress(kind, seed, alpha):
     shape, image, geometry = KINDS[kind]
     kernel = alpha**0.5 * start(shape, seed)
@@ -291,6 +291,42 @@ def test_only_the_stuck_channels_jump(padding):
     # The other channels stay near their start.
     change = np.abs(result.kernel - kernel).max(axis=(0, 1, 3))
     assert (change[[0, 1, 3, 5]] < 0.1).all()
+
+
+def watched(plan, *excess_by_group):
+    """The plan after 21 points, at which the excess of each group goes evenly from the first to the last."""
+    for share in np.linspace(0, 1, 21):
+        plan.watch(np.array([(1 - share) * first + share * last for first, last in excess_by_group]))
+    return plan
+
+
+def test_stuck_channels_wait_until_the_others_are_no_more_than_half_of_r():
+    def plan():
+        return EscapePlan(FrobeniusPenalty(Convolution((3, 3, 2, 1), 8, kind="depthwise"), 1.0), 0.01)
+
+    assert watched(plan(), (50, 5.1), (5, 5)).progresses
+    assert not watched(plan(), (50, 4.9), (5, 5)).progresses
+    assert watched(plan(), (50, 40), (0.09, 0.09)).progresses  # below 0.1 α²
+    assert watched(plan(), (5, 4.74), (0.05, 0.05)).progresses  # falls by more than 5 %
+    assert not watched(plan(), (5, 4.76), (0.05, 0.05)).progresses
+    early = plan()
+    for _ in range(20):
+        early.watch(np.array([5.0, 5.0]))
+        assert early.progresses
+    early.watch(np.array([5.0, 5.0]))
+    assert not early.progresses
+
+
+def test_after_each_escape_the_check_begins_again(monkeypatch):
+    calls, original = [], tf_frobreg.descent.stopping.ConvergenceCheck.restart
+    monkeypatch.setattr(
+        tf_frobreg.descent.stopping.ConvergenceCheck,
+        "restart",
+        lambda check: calls.append(1) or original(check),
+    )
+    shape, image, geometry = KINDS["depthwise"]
+    result = regularize_kernel(start(shape), image, **geometry)
+    assert len(calls) == 1 + len({escape.step for escape in result.escapes}) > 2
 
 
 def test_channels_that_are_stuck_again_jump_farther_alone():
@@ -355,8 +391,6 @@ def digest(result):
 REPEATED = [
     ("eight channels", 0, "float32"),
     ("depthwise", 0, "float64"),
-    ("groups", 0, "float32"),
-    ("strides", 0, "float64"),
 ]
 
 
@@ -391,10 +425,7 @@ def test_another_process_gives_the_same_output_bit_for_bit():
     assert found.stdout.split() == expected
 
 
-PIECES = [("eight channels", 0), ("depthwise", 0), ("groups", 0), ("Conv1D, strides", 0)]
-
-
-@pytest.mark.parametrize(("kind", "seed"), PIECES)
+@pytest.mark.parametrize(("kind", "seed"), [("eight channels", 0), ("groups", 0), ("Conv1D, strides", 0)])
 def test_a_descent_in_pieces_of_7_steps_is_the_whole_one(kind, seed):
     shape, image, geometry = KINDS[kind]
     whole = regularize_kernel(start(shape, seed), image, max_steps=105, tolerance=0.0, **geometry)
@@ -453,8 +484,10 @@ def test_escapes_are_kept_by_a_descent_that_goes_on_without_them():
         assert rest.num_steps == first.num_steps + 3
 
 
-@pytest.mark.parametrize("kind", ["two channels", "rectangular", "depthwise", "circular, four channels"])
-@pytest.mark.parametrize("alpha", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("kind", "alpha"),
+    [("two channels", 1.0), ("rectangular", 2.0), ("depthwise", 2.0), ("circular, four channels", 1.0)],
+)
 def test_the_limit_of_precision_is_no_local_minimum(kind, alpha):
     shape, image, geometry = KINDS[kind]
     conv = Convolution.of(shape, image, geometry)
@@ -467,8 +500,17 @@ def test_the_limit_of_precision_is_no_local_minimum(kind, alpha):
     assert excess < 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", ["four channels", "rectangular", "depthwise", "groups", "strides", "Dense"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("four channels", "float32"),
+        ("rectangular", "float64"),
+        ("depthwise", "float32"),
+        ("groups", "float64"),
+        ("strides", "float32"),
+        ("Dense", "float64"),
+    ],
+)
 def test_the_zero_kernel_converges(kind, dtype):
     shape, image, geometry = KINDS[kind]
     result, kernels = descend(np.zeros(shape, dtype), image, geometry)
@@ -507,14 +549,12 @@ def test_what_is_out_of_reach_gives_up_near_the_lowest_r(kind):
     assert np.abs(sigma - 1).max() > 0.01
 
 
-@pytest.mark.parametrize("kind", ["odd image", "valid, more filters"])
-def test_without_a_tolerance_a_descent_never_gives_up(kind):
-    shape, image, geometry = OUT_OF_REACH[kind]
+def test_without_a_tolerance_a_descent_never_gives_up():
+    shape, image, geometry = OUT_OF_REACH["odd image"]
     given_up = regularize_kernel(start(shape), image, **geometry)
     longer = given_up.num_steps + 50
     result = regularize_kernel(start(shape), image, max_steps=longer, tolerance=0.0, **geometry)
-    assert result.reason in (StopReason.MAX_STEPS, StopReason.STALLED)
-    assert result.num_steps == longer or result.reason is StopReason.STALLED
+    assert (result.reason, result.num_steps) == (StopReason.MAX_STEPS, longer)
     assert result.penalty <= given_up.penalty
 
 
@@ -545,9 +585,9 @@ def test_a_kernel_within_the_tolerance_has_converged_even_if_the_steps_are_used_
 
 
 @pytest.mark.parametrize(
-    "kind", ["four channels", "depthwise", "groups", "strides", "valid, fewer filters", "Conv1D"]
+    ("kind", "alpha"),
+    [("four channels", 2.0), ("depthwise", 1.0), ("strides", 2.0), ("valid, fewer filters", 1.0)],
 )
-@pytest.mark.parametrize("alpha", [1.0, 2.0])
 def test_a_descent_that_never_measures_sigma_converges_all_the_same(monkeypatch, kind, alpha):
     def measured(*_):
         raise AssertionError("σ was measured")

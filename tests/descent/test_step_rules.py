@@ -231,9 +231,9 @@ def test_other_random_kernels_neither_fail_nor_diverge(seed, dtype):
         assert shape[2] == shape[3]  # only square kernels have local minima to end in
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(0, 20, 2))
 def test_other_random_kernels_converge_with_escapes(seed):
-    start, size = other_random_kernel(seed, ("float32", "float64")[seed % 2])
+    start, size = other_random_kernel(seed, ("float32", "float64")[seed // 2 % 2])
     result = regularize_kernel(start, size, max_steps=800)
     assert result.reason is StopReason.CONVERGED
     sigma = singular_values(result.kernel, size)

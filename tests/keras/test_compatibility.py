@@ -153,7 +153,7 @@ def saved_model(path):
                 2,
                 3,
                 padding="same",
-                kernel_initializer=tf_frobreg.FrobeniusInitializer(8, max_steps=2, seed=1),
+                kernel_initializer=tf_frobreg.FrobeniusInitializer(8, noise=0.0, seed=1),
                 kernel_constraint=tf_frobreg.SingularValueClip(8),
                 kernel_regularizer=tf_frobreg.ReshapedRegularizer(0.1),
                 name="first",

@@ -55,11 +55,12 @@ def row_sums(matrix, channels, groups, alpha=ALPHA):
 
 
 def check_bound(case, kernel, matrix, alpha=ALPHA):
-    """Checks that the bound is the row sum, and not below the truth."""
+    """Checks that the bound is the row sum, not below the truth and at most six times it."""
     conv = Convolution.of(case.kernel_shape, case.image, case.geometry)
     count = penalty_of(case).num_singular_values
     found = bound(case, kernel, alpha)
-    assert found >= truth(matrix, alpha, count) * (1 - 1e-12) - 1e-12
+    deviation = truth(matrix, alpha, count)
+    assert deviation * (1 - 1e-12) - 1e-12 <= found <= 6 * deviation + 1e-12
     # Rows and columns that no tap reaches do not count.
     ends = [
         (matrix[matrix.any(axis=1)], conv.output_shape[-1]),
@@ -72,29 +73,20 @@ def check_bound(case, kernel, matrix, alpha=ALPHA):
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_the_bound_is_the_largest_row_sum_and_not_below_the_truth(case):
-    matrix, attained = matrix_function(case), isometric_patch(penalty_of(case).conv)
-    nearest = attained.nearest_isometry(case.kernel(), ALPHA)
+def test_the_bound_is_the_largest_row_sum_and_one_to_six_times_the_truth(case):
+    matrix, conv = matrix_function(case), penalty_of(case).conv
+    nearest = isometric_patch(conv).nearest_isometry(case.kernel(), ALPHA)
     for seed in range(3):
         kernel = case.kernel(seed)
         for tried in (kernel, 1e-3 * kernel, nearest + 1e-4 * kernel, nearest + 0.1 * kernel, np.abs(kernel)):
             check_bound(case, tried, matrix(tried))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(cases())
-def test_the_bound_of_any_geometry_is_not_below_the_truth(case):
+def test_the_bound_of_any_geometry_is_one_to_six_times_the_truth(case):
     kernel = case.kernel()
     check_bound(case, kernel, true_matrix(case, kernel), 0.6)
-
-
-@pytest.mark.parametrize("case", CASES, ids=label)
-def test_the_bound_is_at_most_six_times_the_truth(case):
-    matrix, count = matrix_function(case), penalty_of(case).num_singular_values
-    nearest = isometric_patch(penalty_of(case).conv).nearest_isometry(case.kernel(), ALPHA)
-    for seed in range(3):
-        for tried in (case.kernel(seed), nearest + 1e-3 * case.kernel(seed)):
-            assert bound(case, tried) <= 6 * truth(matrix(tried), count=count) + 1e-12
 
 
 @pytest.mark.parametrize(
@@ -112,12 +104,19 @@ def test_the_bound_is_at_most_six_times_the_truth(case):
     ],
     ids=label,
 )
-@pytest.mark.parametrize("steps", [0, 15, 60])
-def test_the_bound_is_at_most_six_times_the_truth_along_a_descent(case, steps):
-    kernel = regularize_kernel(
-        case.kernel() / 3, case.image, max_steps=steps, tolerance=0.0, **case.geometry
-    ).kernel
-    assert 1 <= bound(case, kernel, 1.0) / truth(true_matrix(case, kernel), 1.0) <= 6
+def test_the_bound_is_one_to_six_times_the_truth_along_a_descent(case):
+    kernels = []
+    regularize_kernel(
+        case.kernel() / 3,
+        case.image,
+        max_steps=60,
+        tolerance=0.0,
+        callback=lambda step, kernel, penalty: kernels.append(kernel),
+        **case.geometry,
+    )
+    matrix = matrix_function(case)
+    for kernel in kernels[::12]:
+        assert 1 <= bound(case, kernel, 1.0) / truth(matrix(kernel), 1.0) <= 6
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,9 @@ def test_the_bound_without_a_singular_value_is_zero():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", CASES, ids=label)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.groups > 1 or case.kind != "conv"], ids=label
+)
 def test_the_excess_of_each_group_is_that_of_its_own_kernel(case, dtype):
     penalty, kernel = penalty_of(case), case.kernel(dtype=dtype)
     found = penalty.excess_by_group(tf.constant(kernel)).numpy()
