@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from hypothesis import strategies as st
 
+from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import KINDS, PADDINGS
 
 
@@ -137,3 +138,14 @@ def cases(draw, paddings=PADDINGS, kinds=KINDS, ranks=(1, 2)):
     image = tuple(draw(st.integers(least, max(least, 6))) for _ in range(rank))
     first, last = draw(st.integers(1, 3)), draw(st.integers(1, 3)) * groups
     return Case((*size, first, last), image, strides, padding, dilation, groups, kind)
+
+
+@st.composite
+def axes(draw, longest=40):
+    """Axes with every stride, dilation and border, up to many times as long as the kernel."""
+    stride = draw(st.integers(1, 4))
+    dilation = draw(st.integers(1, 3)) if stride == 1 else 1
+    kernel_size = draw(st.integers(1, 5))
+    padding = draw(st.sampled_from(PADDINGS))
+    shortest = (kernel_size - 1) * dilation + 1 if padding == "valid" else 1
+    return Axis(draw(st.integers(shortest, longest)), kernel_size, stride, dilation, padding)

@@ -122,7 +122,7 @@ class StepRule(abc.ABC):
         """Returns the point of `state` if it suits this rule, else steepest descent at `kernel`."""
         if state is not None and state.point is not None and state.evaluation == self._evaluation:
             return state.point
-        return self.restart(kernel)
+        return self._restart(kernel)
 
     @abc.abstractmethod
     def next(self, point: Point, step: int) -> tuple[Point | None, float]:
@@ -141,7 +141,7 @@ class StepRule(abc.ABC):
         """Returns what `start` needs to continue from a point. None stands for a diverged descent."""
         return State(self._evaluation, point)
 
-    def restart(self, kernel: tf.Tensor) -> Point:
+    def _restart(self, kernel: tf.Tensor) -> Point:
         """Returns the point at a kernel, with the direction of steepest descent."""
         zeros = tf.zeros(kernel.shape, tf.float64)
         return self._move(Point(kernel, zeros, zeros, Scalars(), np.empty(0)), 0.0)
@@ -168,7 +168,7 @@ class ExactSteps(StepRule):
                 return new, 2.0 * t
             if now.steepest:
                 return None, math.nan
-            point = self.restart(point.kernel)
+            point = self._restart(point.kernel)
 
 
 class EscapingSteps(ExactSteps):
@@ -198,7 +198,7 @@ class EscapingSteps(ExactSteps):
             return new, rate
         kernel = self._plan.escape(step, point.kernel, at_end=new is None)
         if kernel is not None:
-            return self.restart(kernel), math.nan
+            return self._restart(kernel), math.nan
         return (None, math.nan) if self._plan.gives_up else (new, rate)
 
     def can_escape(self, point: Point) -> bool:
@@ -268,7 +268,7 @@ class OptimizerSteps(StepRule):
         """Returns the point after one update, and the learning rate that the optimizer had."""
         rate = float(self._optimizer.learning_rate)
         kernel = self._update(point.kernel, tf.cast(0.5 * point.gradient, point.kernel.dtype))
-        return self.restart(kernel), rate
+        return self._restart(kernel), rate
 
     def state(self, point: Point | None) -> State:
         """Adds the optimizer's variables, except after a divergence."""
