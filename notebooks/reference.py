@@ -83,6 +83,7 @@ GROUPS = {
             "ToeplitzIndices",
             "ExtremeSingularValues",
             "KernelSpectrum",
+            "ModelSpectrum",
             "DescentResult",
             "Escape",
             "StopReason",

@@ -13,6 +13,7 @@ PACKAGE = Path(tf_frobreg.__file__).parent
 # Each part may import those before it, and itself.
 ORDER = (
     "checks",
+    "tables",
     "convolution",
     "penalties",
     "spectrum",

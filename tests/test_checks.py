@@ -13,6 +13,7 @@ from tf_frobreg.checks import (
     check_integer,
     check_memory,
     check_number,
+    did_you_mean,
     free_memory,
 )
 
@@ -98,3 +99,17 @@ def test_free_memory_does_not_need_linux(monkeypatch):
 
     monkeypatch.setattr(builtins, "open", no_such_file)
     assert free_memory() > 1 << 24
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("vaild", " (did you mean 'valid'?)"),
+        ("SAME", " (did you mean 'same'?)"),
+        ("full", ""),
+        (7, ""),
+        ("", ""),
+    ],
+)
+def test_a_name_that_is_almost_known_gets_a_hint(name, hint):
+    assert did_you_mean(name, ("same", "valid", "circular")) == hint

@@ -46,6 +46,16 @@ def test_the_package_alone_imports_neither_tensorflow_nor_keras():
     assert run_python("-c", QUICK).splitlines() == ["set()", "True"]
 
 
+def test_keras_2_is_remarked_at_import(monkeypatch):
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
+    script = "import warnings; warnings.simplefilter('error'); import tf_frobreg"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        "UserWarning: tf_frobreg needs Keras 3, but TF_USE_LEGACY_KERAS makes tf.keras Keras 2" in done.stderr
+    )
+
+
 SCRIPT = """
 import tf_frobreg
 

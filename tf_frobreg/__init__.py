@@ -5,7 +5,9 @@ used. So `import tf_frobreg` and `tf-frobreg --help` do not wait for TensorFlow.
 """
 
 import importlib
+import os
 import sys
+import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tf_frobreg.api import *  # noqa: F403
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
+
+if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):  # what TensorFlow accepts
+    warnings.warn(
+        "tf_frobreg needs Keras 3, but TF_USE_LEGACY_KERAS makes tf.keras Keras 2. Unset it, or write "
+        "`import keras` in place of tf.keras.",
+        stacklevel=2,
+    )
 
 
 def _load_api() -> ModuleType:

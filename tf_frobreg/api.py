@@ -6,8 +6,9 @@ from tf_frobreg.descent.algorithm_3_1 import DescentResult, StopReason, regulari
 from tf_frobreg.descent.escapes import Escape
 from tf_frobreg.descent.step_rules import paper_schedule
 from tf_frobreg.keras.attach import AttachReport, attach_regularizers, detach_regularizers
-from tf_frobreg.keras.callbacks import FactorSchedule, SingularValueMonitor
+from tf_frobreg.keras.callbacks import SingularValueMonitor
 from tf_frobreg.keras.constraints import SingularValueClip
+from tf_frobreg.keras.factor_schedule import FactorSchedule
 from tf_frobreg.keras.initializers import FrobeniusInitializer
 from tf_frobreg.keras.regularizers import (
     FrobeniusRegularizer,
@@ -33,7 +34,7 @@ from tf_frobreg.spectrum.extremes import (
     extreme_singular_values,
     spectral_norm,
 )
-from tf_frobreg.spectrum.kernel_report import KernelSpectrum
+from tf_frobreg.spectrum.kernel_report import KernelSpectrum, ModelSpectrum
 
 __all__ = [
     "AttachReport",
@@ -47,6 +48,7 @@ __all__ = [
     "Geometry",
     "KernelSpectrum",
     "ModelDescent",
+    "ModelSpectrum",
     "ReshapedRegularizer",
     "SingularValueClip",
     "SingularValueMonitor",

@@ -1,10 +1,11 @@
 """Argument checks whose errors name the argument. This module does not import TensorFlow."""
 
+import difflib
 import math
 import operator
 import os
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,18 @@ def check_flag(name: str, value: Any) -> bool:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Returns `value` if it is one of the choices, or raises an error that names the argument."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}. Received: {_received(name, value)}")
+        raise ValueError(
+            f"{name} must be one of {tuple(choices)}. Received: {_received(name, value)}"
+            f"{did_you_mean(value, choices)}"
+        )
     return value
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """Returns a hint at the known name that is most like `name`, or an empty text."""
+    by_lower = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.7)
+    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
 
 
 def check_memory(needed: int, what: str, instead: str) -> None:

@@ -193,3 +193,14 @@ def test_seed_out_of_range(tmp_path, run):
     assert status == 2
     assert "--seed must be between 0 and 2**32 - 1. Received: -1" in printed.err
     assert not list(tmp_path.iterdir())
+
+
+def test_regularize_remarks_a_kernel_in_the_order_of_pytorch_in_one_line(tmp_path, run):
+    path = tmp_path / "torch.npy"
+    np.save(path, np.random.RandomState(1).randn(6, 2, 3, 3))
+    arguments = ["--input-size", 8, "--max-steps", 1, "--output", tmp_path / "out.npy"]
+    _, printed = run("regularize", path, *arguments)
+    (line,) = [line for line in printed.err.splitlines() if "PyTorch" in line]
+    assert line.startswith(f"{path}: A kernel of shape (6, 2, 3, 3) seems to have PyTorch's order")
+    assert "UserWarning" not in printed.err
+    assert (tmp_path / "out.npy").exists()

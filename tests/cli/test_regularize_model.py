@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from small_models import named_model
 
-import tf_frobreg.cli.terminal
-from tf_frobreg import attach_regularizers, model_spectrum
+import tf_frobreg.tables
+from tf_frobreg import attach_regularizers, model_spectrum, regularize_model
 from tf_frobreg.cli import main
 from tf_frobreg.cli.descent import LOSS_IGNORED, MOVED_FAR
 
@@ -125,6 +125,14 @@ def test_alpha_is_that_of_the_penalties_in_the_file(model_file, tmp_path, run):
     assert new.get_layer("conv").kernel_regularizer.alpha == 2.0  # the penalty stays
 
 
+def test_the_command_prints_the_report_of_the_library(model_file, tmp_path, run):
+    options = ["--exclude", "conv", "--max-steps", 3]
+    _, printed = run("regularize", model_file, *options, "--output", tmp_path / "new.keras")
+    descent = regularize_model(keras.saving.load_model(model_file), exclude="conv", max_steps=3)
+    lines = str(descent).splitlines()
+    assert printed.out.splitlines()[: len(lines)] == lines
+
+
 def test_alpha_on_the_command_line_comes_first(model_file, tmp_path, run):
     status, printed = run("regularize", model_file, "--alpha", 0.5, "--output", tmp_path / "new.keras")
     assert status == 0
@@ -151,9 +159,11 @@ def test_selected_kernels_change_and_the_others_stay(options, kernels, left_out,
     status, printed = run("regularize", model_file, *options, "--output", tmp_path / "new.keras")
     assert status == 0
     assert list(table(printed.out)) == kernels
-    for name, reason in left_out.items():
-        assert f"\n{name}: left as it is ({reason})\n" in printed.out
-    assert printed.out.count("left as it is") == len(left_out)
+    assert printed.out.startswith(f"{len(kernels)} of {len(kernels)} kernel")
+    assert printed.out.splitlines()[0].endswith(f" converged, {len(left_out)} left out")
+    lines = [line for line in printed.out.splitlines() if line.startswith("Left out: ")]
+    found = [line.removeprefix("Left out: ").split(": ") for line in lines]
+    assert {name: reason for names, reason in found for name in names.split(", ")} == left_out
     before, after = (keras.saving.load_model(path) for path in (model_file, tmp_path / "new.keras"))
     for name in ("conv", "strided", "top"):
         changed = np.any(np.asarray(before.get_layer(name).kernel) != after.get_layer(name).kernel)
@@ -221,9 +231,9 @@ def test_kernels_that_did_not_converge_have_a_line_with_a_remedy(model_file, tmp
     rows = table(printed.out)
     assert [(row["steps"], row["result"]) for row in rows.values()] == [("3", "max steps")] * 2
     lines = printed.out.splitlines()
-    for name in ("conv", "strided"):
-        reason = "out of steps; continue with more steps and escape=True, or use a larger tolerance"
-        assert f"{name}: not converged: {reason}" in lines
+    assert lines[0] == "0 of 2 kernels converged, 1 left out"
+    reason = "out of steps; continue with more steps and escape=True, or use a larger tolerance"
+    assert f"max steps: not converged: {reason}" in lines
     assert (tmp_path / "new.keras").exists()
 
 
@@ -233,7 +243,7 @@ def test_a_kernel_out_of_reach_is_written_and_explained(tmp_path, run):
     status, printed = run("regularize", tmp_path / "model.keras", "--output", tmp_path / "new.keras")
     assert status == 1
     assert table(printed.out)["conv"]["result"] == "out of reach"
-    assert "conv: not converged: no kernel of this geometry reaches √α" in printed.out
+    assert "out of reach: not converged: no kernel of this geometry reaches √α" in printed.out
     assert (tmp_path / "new.keras").exists()
 
 
@@ -261,10 +271,15 @@ def test_the_table_says_how_far_each_kernel_moved(model_file, tmp_path, run):
 
 @pytest.mark.parametrize(
     ("width", "missing"),
-    [(120, []), (80, ["R before", "R after"]), (60, ["α", "R before", "R after", "escapes"])],
+    [
+        (79, []),
+        (70, ["R before"]),
+        (60, ["R before", "R after"]),
+        (50, ["R before", "R after", "escapes", "α"]),
+    ],
 )
 def test_the_table_fits_the_terminal(width, missing, model_file, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(tf_frobreg.cli.terminal, "terminal_width", lambda: width)
+    monkeypatch.setattr(tf_frobreg.tables, "terminal_width", lambda: width)
     _, printed = run("regularize", model_file, "--exclude", "top", "--output", tmp_path / "new.keras")
     lines = printed.out.splitlines()
     rows = table(printed.out)
@@ -311,11 +326,12 @@ def test_ctrl_c_keeps_the_kernels_reached_so_far(model_file, tmp_path, run, monk
     status, printed = run("regularize", model_file, "--output", tmp_path / "new.keras")
     assert status == 1
     lines = printed.out.splitlines()
-    assert "strided: not converged: interrupted, the kernel reached so far is kept" in lines
-    assert "top: left as it is (interrupted)" in lines
+    assert "stopped: not converged: interrupted, the kernel reached so far is kept" in lines
+    assert "Left out: top: interrupted" in lines
     assert "callback" not in printed.out
     rows = table(printed.out)
     assert (rows["conv"]["result"], rows["strided"]["steps"]) == ("converged", "3")
+    assert rows["strided"]["result"] == "stopped"
     before, after = (keras.saving.load_model(path) for path in (model_file, tmp_path / "new.keras"))
     np.testing.assert_array_equal(before.get_layer("top").kernel, after.get_layer("top").kernel)
     assert np.any(np.asarray(before.get_layer("strided").kernel) != after.get_layer("strided").kernel)

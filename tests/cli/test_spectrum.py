@@ -7,8 +7,9 @@ import keras
 import numpy as np
 import pytest
 
-import tf_frobreg.cli.terminal
-from tf_frobreg import singular_values
+import tf_frobreg
+import tf_frobreg.tables
+from tf_frobreg import attach_regularizers, model_spectrum, plot_spectrum, singular_values
 
 
 def normal(*shape):
@@ -50,7 +51,7 @@ def test_a_model_and_its_files(arguments, directory, tmp_path, run):
     options = [text for name, path in outputs.items() for text in (f"--{name}", path)]
     status, printed = run("spectrum", *arguments, *options, "--alpha", 2)
     assert status == 0
-    assert "Not measured: causal: padding must be one of" in printed.out
+    assert "Not measured: causal: padding='causal' is not supported" in printed.out
     assert "1 Flatten" in printed.out
     model = keras.saving.load_model(directory / "model.keras", compile=False)
     content = json.loads(outputs["json"].read_text(encoding="utf-8"))
@@ -76,6 +77,47 @@ def test_a_model_and_its_files(arguments, directory, tmp_path, run):
         assert rows[name]["input_size"] == "8x9"
     assert kernels["causal"]["sigma_max"] is None
     assert outputs["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "alphas"),
+    [([], {"first": 2.0, "second": 0.5}), (["--alpha", 3], {"first": 3.0, "second": 3.0})],
+)
+def test_alpha_is_that_of_the_penalty_of_each_kernel(options, alphas, directory, tmp_path, run, monkeypatch):
+    model = keras.saving.load_model(directory / "model.keras", compile=False)
+    overrides = {"second": {"alpha": 0.5}}
+    attach_regularizers(model, alpha=2.0, exclude="causal", overrides=overrides)
+    model.save(tmp_path / "model.keras")
+    drawn = {}
+    monkeypatch.setattr(
+        tf_frobreg, "plot_spectrum", lambda *args, **kws: drawn.update(kws) or plot_spectrum(*args, **kws)
+    )
+    outputs = ["--json", tmp_path / "out.json", "--csv", tmp_path / "out.csv", "--plot", tmp_path / "out.png"]
+    status, printed = run("spectrum", tmp_path / "model.keras", *options, *outputs)
+    assert status == 0
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    records = {record["layer"]: record for record in content["kernels"]}
+    assert {name: record["alpha"] for name, record in records.items()} == {**alphas, "causal": None}
+    assert content["alpha"] == (3.0 if options else None)
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        rows = {row["layer"]: row for row in csv.DictReader(file)}
+    expected = {**{name: str(alpha) for name, alpha in alphas.items()}, "causal": ""}
+    assert {name: row["alpha"] for name, row in rows.items()} == expected
+    for row in model_spectrum(model, alpha=3.0 if options else None)[:2]:
+        assert records[row.name]["penalty"] == pytest.approx(row.penalty)
+    assert drawn["alpha"] == alphas
+    table = printed.out.split("\n\n")[1].splitlines()
+    column = table[0].split().index("α") if not options else None
+    cells = {line.split()[0]: line.split() for line in table[2:]}
+    assert column is None or {name: cells[name][column] for name in cells} == {"first": "2", "second": "0.5"}
+    assert printed.out.splitlines()[0].endswith(", α = 3, 1 not measured") == bool(options)
+
+
+def test_the_command_prints_the_report_of_the_library(directory, run):
+    _, printed = run("spectrum", directory / "model.keras")
+    model = keras.saving.load_model(directory / "model.keras", compile=False)
+    others = "Without a kernel: 1 Flatten, 1 InputLayer, 1 Reshape"
+    assert printed.out.splitlines() == [*str(model_spectrum(model)).splitlines(), others]
 
 
 def test_a_model_of_unknown_size(directory, run):
@@ -143,12 +185,12 @@ def test_what_is_beyond_all_floats_is_infinite(tmp_path, run):
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_table_fits_the_terminal(width, directory, run, monkeypatch):
-    monkeypatch.setattr(tf_frobreg.cli.terminal, "terminal_width", lambda: width)
+    monkeypatch.setattr(tf_frobreg.tables, "terminal_width", lambda: width)
     _, printed = run("spectrum", directory / "model.keras")
     lines = printed.out.splitlines()
     assert any(line.split()[:1] == ["first"] for line in lines)
-    assert "…" not in printed.out
-    assert ("The terminal is too narrow for: " in printed.out) == (width < 100)
+    assert "…" not in printed.out.partition("\n")[2]  # the first line has a range of σ
+    assert ("The terminal is too narrow for: " in printed.out) == (width < 80)
     table = [line for line in lines if "first" in line or "σmax" in line]
     assert max(len(line) for line in table) <= width
 
@@ -207,3 +249,11 @@ def test_existing_files_and_inputs_are_kept(directory, tmp_path, run):
     status, printed = run("spectrum", *command, directory / "kernel.npy", "--force")
     assert status == 2
     assert "none of them the input" in printed.err
+
+
+def test_a_kernel_in_the_order_of_pytorch_is_remarked_in_one_line(tmp_path, run):
+    np.save(tmp_path / "torch.npy", normal(6, 2, 3, 3))
+    status, printed = run("spectrum", tmp_path / "torch.npy", "--input-size", 8)
+    assert status == 0
+    (line,) = [line for line in printed.err.splitlines() if "PyTorch" in line]
+    assert line.startswith("torch: A kernel of shape (6, 2, 3, 3) seems to have PyTorch's order")

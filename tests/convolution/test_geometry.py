@@ -45,12 +45,16 @@ def test_from_groups_inverts_by_group(case):
         ({"input_size": 0}, "input_size must be at least 1. Received: input_size=0"),
         ({"input_size": (8, -1)}, "input_size must be at least 1. Received: input_size=-1"),
         ({"input_size": (8, 8, 8)}, "input_size must be an int or 2 ints"),
+        ({"input_size": (8, 9, 2)}, r"Received: input_size=\(8, 9, 2\) .write \(8, 9\), without channels.$"),
+        ({"kernel_shape": (3, 2, 4), "input_size": (8, 2)}, r"write \(8,\), without channels"),
+        ({"input_size": (8,)}, r"input_size must be an int or 2 ints.*Received: input_size=\(8,\)$"),
         ({"input_size": 8.0}, "input_size must be an integer. Received: input_size=8.0"),
         ({"input_size": True}, "input_size must be an integer"),
         ({"input_size": None}, "input_size must be an integer"),
         ({"input_size": "8"}, "input_size must be an integer"),
         ({"padding": "full"}, "padding must be one of .*Received: padding='full'"),
         ({"padding": ["same"]}, "padding must be one of"),
+        ({"padding": "vaild"}, "Received: padding='vaild' .did you mean 'valid'"),
         ({"kind": "separable"}, "kind must be one of"),
         ({"strides": 2, "dilation_rate": 2}, "strides above 1 cannot be combined with dilation_rate"),
         ({"strides": 0}, "strides must be at least 1"),
@@ -63,3 +67,15 @@ def test_from_groups_inverts_by_group(case):
 def test_bad_geometry_is_refused_by_name(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Convolution(**{"kernel_shape": (3, 3, 2, 4), "input_size": 8} | arguments)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "Valid", "CIRCULAR"])
+def test_padding_is_read_in_any_case(padding):
+    assert Convolution((3, 3, 1, 1), 8, padding=padding) == Convolution(
+        (3, 3, 1, 1), 8, padding=padding.lower()
+    )
+
+
+def test_unknown_arguments_are_refused_with_the_known_ones():
+    with pytest.raises(TypeError, match="unknown .*'stride' .did you mean 'strides'.*given by strides, "):
+        Convolution.of((3, 3, 1, 1), 8, {"stride": 2})

@@ -1,12 +1,17 @@
 """Which kernels are accepted."""
 
+import inspect
+import warnings
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from geometries import CIRCULAR_CASES, KERAS_CASES
 
+import tf_frobreg as fr
 from tf_frobreg import transformation_matrix
-from tf_frobreg.convolution.kernel import as_kernel, known_values
+from tf_frobreg.convolution.kernel import as_kernel, known_values, remark_on_order
 
 KERNEL = np.full((3, 3, 1, 1), 0.5)
 
@@ -56,3 +61,79 @@ def test_values_are_not_known_inside_a_traced_function():
 def test_bad_kernels_are_refused_by_name(kernel, message):
     with pytest.raises((ValueError, TypeError), match=message):
         transformation_matrix(kernel, 8)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda k: fr.transformation_matrix(k, 8),
+        lambda k: fr.singular_values(k, 8),
+        lambda k: fr.extreme_singular_values(k, 8),
+        lambda k: fr.spectral_norm(k, 8),
+        lambda k: fr.condition_number(k, 8),
+        lambda k: fr.frobenius_penalty(k, 8),
+        lambda k: fr.frobenius_gradient(k, 8),
+        lambda k: fr.penalty_excess(k, 8),
+        lambda k: fr.spectral_penalty(k, 8, power_steps=1),
+        lambda k: fr.clip_singular_values(k, 8),
+        lambda k: fr.regularize_kernel(k, 8, max_steps=0),
+        lambda k: fr.reshaped_penalty(k),
+    ],
+    ids=lambda call: call.__code__.co_names[1],
+)
+def test_the_remark_on_the_order_points_at_the_line_of_the_user(call):
+    kernel = np.random.RandomState(1).randn(6, 2, 3, 3)
+    with pytest.warns(UserWarning, match=r"PyTorch's order.*use kernel.transpose\(2, 3, 1, 0\)") as caught:
+        call(kernel)
+    (warning,) = caught
+    assert (warning.filename, warning.lineno) == (__file__, inspect.getsourcelines(call)[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(kernel.transpose(2, 3, 1, 0)[:, :, :, :2])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 3, 3, 3), (16, 8, 3, 3), (64, 1, 3, 3), (64, 3, 7, 7), (96, 1, 5, 5), (16, 32, 3), (6, 2, 3, 3, 3)],
+)
+def test_kernels_in_the_order_of_pytorch_are_remarked(shape):
+    remark = remark_on_order(shape)
+    assert str(shape) in remark
+    axes = tuple(map(int, remark.partition("transpose(")[2].partition(")")[0].split(", ")))
+    assert np.zeros(shape).transpose(axes).shape == (*shape[2:], shape[1], shape[0])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(case.kernel_shape for case in KERAS_CASES + CIRCULAR_CASES),
+        *[
+            (3, 3, 3, 64),
+            (7, 7, 3, 64),
+            (1, 7, 64, 64),
+            (7, 1, 3, 3),
+            (3, 3, 3, 3),
+            (5, 5, 5, 5),
+            (1, 1, 3, 3),
+        ],
+        *[(31, 31, 64, 1), (16, 16, 3, 768), (4, 4, 3, 3), (3, 3, 64, 3), (9, 9, 3, 3), (64, 3), (3, 3)],
+        *[(8, 1, 3), (64, 1, 3), (8, 16, 3), (5, 64, 3), (3, 3, 3), (3, 16, 16)],
+        *[(3, 3, 3, 3, 3), (3, 3, 3, 1, 32), (2, 2, 2, 16, 3), (5, 5, 5, 3, 3)],
+        *[(3,), (), (None, None, 3, 3)],
+    ],
+    ids=str,
+)
+def test_kernels_of_keras_are_not_remarked(shape):
+    assert remark_on_order(shape) is None
+
+
+def test_only_a_dense_kernel_needs_no_input_size():
+    dense = np.random.RandomState(1).randn(5, 3)
+    assert np.array_equal(fr.singular_values(dense), fr.singular_values(dense, ()))
+    assert fr.penalty_floor((5, 3)) == fr.penalty_floor((5, 3), ())
+    for call in (fr.singular_values, fr.frobenius_penalty, fr.regularize_kernel, fr.transformation_matrix):
+        with pytest.raises(TypeError, match="input_size must be given: .* int per axis"):
+            call(KERNEL)
+    for call in (fr.penalty_floor, fr.toeplitz_indices):
+        with pytest.raises(TypeError, match="input_size must be given"):
+            call(KERNEL.shape)

@@ -288,8 +288,9 @@ def test_a_result_can_be_made_by_hand():
     assert not result.converged
     assert result.reason.value == "not converged: stopped by the callback; pass the result again to go on"
     assert result.escapes == ()
-    assert "num_steps=0" in repr(result)
-    assert "state" not in repr(result)
+    assert repr(result) == (
+        "DescentResult(penalty=3, num_steps=0, sigma_min=nan, sigma_max=nan, escapes=0, reason=STOPPED)"
+    )
     assert str(result) == f"R 3 after 0 steps, {result.reason.value}"
     for reason in StopReason:
         assert DescentResult(np.ones((3, 3)), 3.0, 0, reason, {}).converged == reason.value.startswith(
@@ -446,5 +447,22 @@ def test_a_printed_result_shows_the_escapes_and_sigma():
         f"R {result.penalty:.4g} after {result.num_steps} steps, {len(result.escapes)} escapes, "
         f"σ {low:.4g} … {high:.4g}, {StopReason.CONVERGED.value}"
     )
+    assert repr(result) == (
+        f"DescentResult(penalty={result.penalty:.4g}, num_steps={result.num_steps}, sigma_min={low:.4g}, "
+        f"sigma_max={high:.4g}, escapes={len(result.escapes)}, reason=CONVERGED)"
+    )
+    assert result.to_dict() == {
+        "penalty": result.penalty,
+        "num_steps": result.num_steps,
+        "reason": StopReason.CONVERGED.value,
+        "converged": True,
+        "sigma_min": low,
+        "sigma_max": high,
+        "escapes": len(result.escapes),
+    }
+    assert {type(value) for value in result.to_dict().values()} == {float, int, str, bool}
     unmeasured = regularize_kernel(STUCK, 32, tolerance=0.0, max_steps=1)
+    assert (unmeasured.to_dict()["sigma_min"], unmeasured.to_dict()["sigma_max"]) == (None, None)
+    two_groups = dataclasses.replace(unmeasured, escapes=[Escape(0, 0.1, (0,)), Escape(0, 0.2, (1,))])
+    assert two_groups.to_dict()["escapes"] == 1  # at the same step
     assert str(unmeasured) == f"R {unmeasured.penalty:.4g} after 1 steps, {StopReason.MAX_STEPS.value}"

@@ -1,23 +1,22 @@
-"""What is watched and changed while a model trains."""
+"""What is watched while a model trains."""
 
 import csv
+import itertools
 import subprocess
 import sys
 import time
+import types
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from ids import stable_id
+from oracles import dense_penalty, impulse_matrix, naive_matrix
 
 import tf_frobreg.keras.callbacks
 from tf_frobreg import (
-    FactorSchedule,
     FrobeniusRegularizer,
-    ReshapedRegularizer,
     SingularValueMonitor,
-    SpectralRegularizer,
     SumRegularizer,
     attach_regularizers,
     frobenius_penalty,
@@ -52,14 +51,15 @@ def fit(model, *callbacks, batch_size=8, epochs=3, initial_epoch=0):
 
 def test_the_monitor_writes_into_logs(tmp_path):
     model = small_model()
-    monitor = SingularValueMonitor(include="conv")
+    monitor = SingularValueMonitor(include="conv", per_kernel=True)
     log = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
     history = fit(model, monitor, log)
     kernel = model.get_layer("conv").kernel
     sigma = singular_values(kernel, 8)
     assert history["conv/sigma_max"][-1] == pytest.approx(sigma[0], rel=1e-4)
     assert history["conv/sigma_min"][-1] == pytest.approx(sigma[-1], rel=1e-4)
-    assert history["conv/penalty"][-1] == pytest.approx(float(frobenius_penalty(kernel, 8)), rel=1e-4)
+    per_column = float(frobenius_penalty(kernel, 8)) / 128
+    assert history["conv/penalty"][-1] == pytest.approx(per_column, rel=1e-4)
     assert "top/sigma_max" not in history
     with open(tmp_path / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -69,10 +69,12 @@ def test_the_monitor_writes_into_logs(tmp_path):
 
 
 def test_epochs_without_a_measurement_are_nan():
-    monitor = SingularValueMonitor(2, sigma_min=False)
+    monitor = SingularValueMonitor(2, sigma_min=False, per_kernel=True)
     history = fit(small_model(), monitor, epochs=4)
     assert np.isfinite(history["conv/sigma_max"]).tolist() == [False, True, False, True]
+    assert np.isfinite(history["sigma_max"]).tolist() == [False, True, False, True]
     assert np.isnan(history["conv/sigma_min"]).all()
+    assert np.isnan(history["sigma_min"]).all()
     assert monitor.history["epoch"].tolist() == [0, 2, 4]
 
 
@@ -80,7 +82,7 @@ def test_batches_can_be_counted():
     monitor = SingularValueMonitor(3, unit="batch", include="conv")
     history = fit(small_model(), monitor, epochs=3)
     assert monitor.history["epoch"].tolist() == [0, 0.75, 1.5, 2.25, 3]
-    assert history["conv/sigma_max"][-1] == monitor.history["conv/sigma_max"][-1]
+    assert history["sigma_max"][-1] == monitor.history["conv/sigma_max"][-1]
 
 
 def test_batches_are_counted_where_several_are_executed_together():
@@ -136,12 +138,16 @@ def test_time_is_bounded_and_reported(monkeypatch):
         return original(*arguments, **options)
 
     monkeypatch.setattr(tf_frobreg.keras.callbacks, "report_kernel", slow)
-    monitor = SingularValueMonitor(max_seconds=0.04)
+    monitor = SingularValueMonitor(max_seconds=0.04, per_kernel=True)
     assert monitor.cost == "no measurement"
     history = fit(small_model(), monitor, epochs=3)
     # Two kernels, one at a time: conv before training, then the other, in turn.
     assert np.isfinite(history["top/sigma_max"]).tolist() == [True, False, True]
     assert np.isfinite(history["conv/sigma_max"]).tolist() == [False, True, False]
+    # The whole model has the latest value of each.
+    columns = np.array([history["conv/sigma_max"], history["top/sigma_max"]])
+    latest = np.fmax(columns, np.roll(columns, 1, axis=1))[:, 1:]
+    np.testing.assert_array_equal(history["sigma_max"][1:], latest.max(axis=0))
     assert monitor.cost.startswith("4 measurements, 0.")
     assert monitor.cost.endswith("% of the training's time")
     assert (monitor.history["seconds"] >= 0.05).all()
@@ -166,6 +172,223 @@ def test_a_kernel_that_was_not_reached_comes_first_in_the_next_fit(monkeypatch):
     assert measured == ["conv", "top"]
 
 
+def measured(model, **options):
+    """The first row that a monitor records."""
+    monitor = SingularValueMonitor(**options)
+    monitor.set_model(model)
+    monitor.on_train_begin()
+    monitor.on_epoch_begin(0)
+    return {name: column[0] for name, column in monitor.history.items()}
+
+
+def own_model(**penalties):
+    """Layers with their own penalties, on images of 6×6×2."""
+    keras.utils.set_random_seed(1)
+    options = {"use_bias": False}
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            LAYERS.Conv2D(
+                3, 3, padding="same", kernel_regularizer=penalties.get("same"), name="same", **options
+            ),
+            LAYERS.Conv2D(4, 3, 2, kernel_regularizer=penalties.get("down"), name="down", **options),
+            LAYERS.Flatten(),
+            LAYERS.Dense(2, kernel_regularizer=penalties.get("top"), name="top", **options),
+        ]
+    )
+
+
+def true_matrices(model):
+    """M of each layer by unit impulses."""
+    same, down, _, top = model.layers
+    return {
+        "same": impulse_matrix(same, (6, 6), 2),
+        "down": impulse_matrix(down, (6, 6), 3),
+        "top": impulse_matrix(top, (), 16),
+    }
+
+
+def check_row(row, matrices, alphas, reductions):
+    """Compares a row with σ and R_α of these matrices."""
+    sigma = {name: np.linalg.svd(matrix, compute_uv=False) for name, matrix in matrices.items()}
+    penalty = {
+        name: dense_penalty(matrix, alphas[name]) / (matrix.shape[1] if reductions[name] == "mean" else 1)
+        for name, matrix in matrices.items()
+    }
+    for name in matrices:
+        assert row[f"{name}/sigma_max"] == pytest.approx(sigma[name][0], rel=1e-3)
+        assert row[f"{name}/sigma_min"] == pytest.approx(sigma[name][-1], rel=1e-2, abs=1e-3)
+        assert row[f"{name}/penalty"] == pytest.approx(penalty[name], rel=1e-4)
+    assert row["sigma_max"] == pytest.approx(max(values[0] for values in sigma.values()), rel=1e-3)
+    lowest = min(values[-1] for values in sigma.values())
+    assert row["sigma_min"] == pytest.approx(lowest, rel=1e-2, abs=1e-3)
+    assert row["penalty"] == pytest.approx(sum(penalty.values()), rel=1e-4)
+
+
+def test_without_penalties_alpha_is_1_and_the_reduction_mean():
+    model = own_model()
+    matrices = true_matrices(model)
+    check_row(measured(model), matrices, dict.fromkeys(matrices, 1.0), dict.fromkeys(matrices, "mean"))
+    check_row(
+        measured(model, alpha=3.0), matrices, dict.fromkeys(matrices, 3.0), dict.fromkeys(matrices, "mean")
+    )
+
+
+def test_each_kernel_is_measured_as_its_own_penalty_says():
+    nested = SumRegularizer([SumRegularizer(["l2", FrobeniusRegularizer((), 0.1, 0.5, reduction="mean")])])
+    model = own_model(
+        same=FrobeniusRegularizer(6, 0.1, 2.0, padding="circular", reduction="sum"),
+        down=FrobeniusRegularizer(6, 0.1, 3.0, strides=2, padding="valid", reduction="sum"),
+        top=nested,
+    )
+    matrices = true_matrices(model)
+    matrices["same"] = naive_matrix(model.layers[0].kernel.numpy(), 6, padding="circular")
+    reductions = {"same": "sum", "down": "sum", "top": "mean"}
+    check_row(measured(model), matrices, {"same": 2.0, "down": 3.0, "top": 0.5}, reductions)
+    check_row(measured(model, alpha=1.5), matrices, dict.fromkeys(matrices, 1.5), reductions)
+
+
+def test_the_penalty_on_the_variable_decides():
+    """A regularizer that was set on the layer after building has no effect."""
+    model = own_model(top=FrobeniusRegularizer((), 0.1, 2.0, reduction="sum"))
+    model.layers[-1].kernel_regularizer = FrobeniusRegularizer((), 0.1, 5.0, reduction="mean")
+    expected = dense_penalty(model.layers[-1].kernel.numpy().T, 2.0)
+    assert measured(model, include="top")["penalty"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_logs_hold_three_numbers_of_the_whole_model():
+    model, monitor = small_model(), SingularValueMonitor()
+    history = fit(model, monitor, epochs=1)
+    assert list(history) == ["loss", "sigma_max", "sigma_min", "penalty"]
+    kernels = [f"{layer}/{name}" for layer in ("conv", "top") for name in list(history)[1:]]
+    assert list(monitor.history) == ["epoch", "seconds", *list(history)[1:], *kernels]
+    everything = fit(model, SingularValueMonitor(per_kernel=True), epochs=1)
+    assert list(everything) == [*history, *kernels]
+
+
+def test_a_penalty_for_another_geometry_is_remarked_and_the_layer_measured():
+    model = own_model(
+        same=FrobeniusRegularizer(16, 0.1, 2.0, reduction="mean"),
+        down=FrobeniusRegularizer(6, 0.1, padding="valid", reduction="mean"),
+        top=FrobeniusRegularizer((), 0.1, reduction="mean"),
+    )
+    matrices = true_matrices(model)
+    with pytest.warns(UserWarning, match="Penalties are not for the geometry") as caught:
+        row = measured(model)
+    (message,) = (str(warning.message) for warning in caught)
+    assert "'same' has input_size=(16, 16) instead of (6, 6); 'down' has strides=(1, 1)" in message
+    assert "instead of (2, 2). " in message
+    assert "'top'" not in message
+    assert 'attach_regularizers(model, existing="correct")' in message
+    check_row(row, matrices, {"same": 2.0, "down": 1.0, "top": 1.0}, dict.fromkeys(matrices, "mean"))
+
+
+def test_a_model_rebuilt_at_another_size_is_remarked_once():
+    x = keras.Input((16, 16, 3))
+    small = keras.Model(x, LAYERS.Conv2D(4, 3, strides=2, use_bias=False, name="down")(x))
+    attach_regularizers(small, 0.1, reduction="mean")
+    config = small.get_config()
+    config["layers"][0]["config"]["batch_shape"] = (None, 10, 10, 3)
+    big = keras.Model.from_config(config)
+    big.compile("sgd", "mse")
+    monitor = SingularValueMonitor()
+    data = np.ones((2, 10, 10, 3)), np.ones((2, 4, 4, 4))
+    with pytest.warns(UserWarning, match="'down' has input_size=.16, 16. instead of .10, 10."):
+        big.fit(*data, epochs=1, verbose=0, callbacks=[monitor])
+    big.fit(*data, epochs=1, verbose=0, callbacks=[monitor])  # a second warning would be an error
+    matrix = impulse_matrix(big.get_layer("down"), (10, 10), 3)
+    sigma = np.linalg.svd(matrix, compute_uv=False)
+    assert monitor.history["sigma_max"][-1] == pytest.approx(sigma[0], rel=1e-3)
+    assert monitor.history["penalty"][-1] == pytest.approx(dense_penalty(matrix) / 300, rel=1e-4)
+
+
+def test_a_shared_layer_is_measured_at_the_size_of_its_penalty():
+    conv = LAYERS.Conv2D(
+        3, 3, use_bias=False, kernel_regularizer=FrobeniusRegularizer(5, padding="valid", reduction="sum")
+    )
+    first, second = keras.Input((8, 8, 2)), keras.Input((5, 5, 2))
+    row = measured(keras.Model([first, second], [conv(first), conv(second)]))
+    assert row["penalty"] == pytest.approx(dense_penalty(impulse_matrix(conv, (5, 5), 2)), rel=1e-4)
+
+
+def test_the_padding_of_a_kernel_of_one_tap_does_not_matter():
+    model = keras.Sequential(
+        [keras.Input((6, 6, 2)), LAYERS.Conv2D(3, 1, kernel_regularizer=FrobeniusRegularizer(6))]
+    )
+    assert np.isfinite(measured(model)["penalty"])  # without a warning
+
+
+def test_the_size_can_be_given_by_name():
+    images, rest = keras.Input((None, None, 2), name="images"), keras.Input((3,), name="rest")
+    conv = LAYERS.Conv2D(3, 3, use_bias=False, name="conv")
+    pooled = LAYERS.GlobalAveragePooling2D()(conv(images))
+    model = keras.Model([images, rest], LAYERS.Dense(1)(LAYERS.Concatenate()([pooled, rest])))
+    row = measured(model, input_size={"images": 7})
+    sigma = np.linalg.svd(impulse_matrix(conv, (7, 7), 2), compute_uv=False)
+    assert row["conv/sigma_max"] == pytest.approx(sigma[0], rel=1e-3)
+
+
+def test_what_was_not_measured_is_left_out_of_the_whole():
+    model = small_model(factor=0)
+    model.get_layer("conv").kernel.assign(np.full((3, 3, 2, 4), np.nan))
+    row = measured(model)
+    assert np.isnan(row["conv/sigma_max"])
+    assert [row[name] for name in ("sigma_max", "penalty")] == [row["top/sigma_max"], row["top/penalty"]]
+    assert np.isnan(measured(model, include="conv")["penalty"])
+
+
+class FakeClock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self, monkeypatch, *, per_kernel):
+        self.now = 0.0
+        original = tf_frobreg.keras.callbacks.report_kernel
+
+        def slow(*arguments, **options):
+            self.now += next(per_kernel)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(tf_frobreg.keras.callbacks, "report_kernel", slow)
+        for module in ("callbacks", "training_clock"):
+            fake = types.SimpleNamespace(perf_counter=lambda: self.now)
+            monkeypatch.setattr(f"tf_frobreg.keras.{module}.time", fake)
+
+    def passing(self, seconds):
+        """A callback with which every batch takes some seconds."""
+
+        def wait(batch, logs=None):
+            self.now += seconds
+
+        return keras.callbacks.LambdaCallback(on_train_batch_end=wait)
+
+
+def test_a_long_first_measurement_is_remarked(monkeypatch):
+    clock = FakeClock(monkeypatch, per_kernel=iter([12.0, 3.0] + [0.01] * 10))
+    with pytest.warns(UserWarning, match="The first measurement took 15 s") as caught:
+        fit(small_model(), SingularValueMonitor(), clock.passing(1.0), epochs=3)
+    (message,) = (str(warning.message) for warning in caught)
+    assert message.startswith("SingularValueMonitor measures 2 kernels. The first")
+    assert "A larger every, include=, sigma_min=False or a smaller max_seconds" in message
+
+
+def test_a_large_share_is_remarked_once(monkeypatch):
+    clock = FakeClock(monkeypatch, per_kernel=itertools.repeat(1.0))
+    model, monitor = small_model(), SingularValueMonitor(include="conv")
+    with pytest.warns(UserWarning, match="1 kernel. 1.0 s per measurement are 33% of the training's time"):
+        fit(model, clock.passing(0.5), monitor, epochs=6)
+    fit(model, clock.passing(0.5), monitor, epochs=6)  # a second warning would be an error
+
+
+@pytest.mark.parametrize(
+    ("kernel", "batch", "epochs"),
+    [(1.0, 0.5, 3), (1.0, 1.1, 9), (9.9, 100.0, 1)],
+    ids=["short", "cheap", "quick"],
+)
+def test_small_costs_are_not_remarked(monkeypatch, kernel, batch, epochs):
+    clock = FakeClock(monkeypatch, per_kernel=itertools.repeat(kernel))
+    fit(small_model(), clock.passing(batch), SingularValueMonitor(include="conv"), epochs=epochs)
+
+
 def test_arguments_are_attributes():
     arguments = {
         "every": 2,
@@ -178,7 +401,8 @@ def test_arguments_are_attributes():
         "max_seconds": 5.0,
         "max_iterations": 10,
         "gradient_data": (np.ones((2, 8, 8, 2)), np.ones((2, 1))),
-        "input_size": (8, 8),
+        "input_size": {"conv": (8, 8)},
+        "per_kernel": True,
     }
     monitor = SingularValueMonitor(**arguments)
     assert {name: getattr(monitor, name) for name in arguments} == arguments
@@ -241,6 +465,7 @@ def test_the_monitor_does_not_change_the_training():
         ({"gradient_data": (np.ones((0, 2)), np.ones(0))}, ValueError, "Received: 0 of them"),
         ({"gradient_data": (1, 2)}, ValueError, "gradient_data must be .*Received: numbers of them"),
         ({"max_seconds": -1}, ValueError, "max_seconds must be"),
+        ({"per_kernel": 1}, TypeError, "per_kernel must be True or False"),
     ],
 )
 def test_bad_arguments_of_the_monitor(arguments, error, message):
@@ -251,85 +476,6 @@ def test_bad_arguments_of_the_monitor(arguments, error, message):
 def test_a_name_that_matches_nothing_is_refused_when_training_starts():
     with pytest.raises(ValueError, match="include must match a layer with a kernel"):
         fit(small_model(), SingularValueMonitor(include="cnov"))
-
-
-@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=stable_id)
-@pytest.mark.parametrize("unit", ["epoch", "step"])
-def test_a_schedule_takes_effect(options, unit):
-    """The loss of a model whose optimizer does nothing shows the factor alone."""
-    model = small_model(factor=1.0, **options)
-    model.optimizer.learning_rate = 0.0
-    penalty = model.get_layer("conv").kernel_regularizer
-    base = float(model.losses[0])
-    plain = fit(model, epochs=1)["loss"][0] - base
-    steps = 4 if unit == "step" else 1
-    schedule = FactorSchedule(lambda n: [1.0, 3.0, 0.5, 0.0][min(n // steps, 3)], unit=unit)
-    model.optimizer.iterations.assign(0)
-    losses = fit(model, schedule, epochs=4)["loss"]
-    np.testing.assert_allclose(losses, plain + base * np.array([1.0, 3.0, 0.5, 0.0]), rtol=1e-5)
-    assert (penalty.factor, penalty.scale) == (1.0, 0.0)
-
-
-def test_a_schedule_of_keras():
-    warm_up = keras.optimizers.schedules.PolynomialDecay(0.0, 4, 1.0)
-    model = small_model()
-    fit(model, FactorSchedule(warm_up), epochs=3)
-    assert model.get_layer("conv").kernel_regularizer.scale == 0.5
-
-
-def test_a_schedule_reaches_a_penalty_in_a_sum_of_sums():
-    model = small_model(factor=0)
-    penalty = ReshapedRegularizer(0.5)
-    inner = SumRegularizer([keras.regularizers.L2(0.1), penalty])
-    model.get_layer("conv").kernel_regularizer = SumRegularizer([keras.regularizers.L1(0.1), inner])
-    model.compile("sgd", "mse")
-    fit(model, FactorSchedule(lambda epoch: 0.25), epochs=1)
-    assert penalty.scale == 0.25
-
-
-def test_the_scale_is_saved_and_a_plain_number_stays_plain(tmp_path):
-    model = small_model()
-    penalty = model.get_layer("conv").kernel_regularizer
-    assert "scale" not in penalty.get_config()
-    fit(model, FactorSchedule(lambda epoch: 0.25), epochs=1)
-    assert penalty.get_config()["scale"] == 0.25
-    assert type(penalty.factor) is float
-    expected = float(model.losses[0])
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert float(loaded.losses[0]) == pytest.approx(expected, rel=1e-6)
-    assert loaded.get_layer("conv").kernel_regularizer.scale == 0.25
-    clone = keras.models.clone_model(model)
-    clone.set_weights(model.get_weights())
-    assert float(clone.losses[0]) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    "penalty",
-    [FrobeniusRegularizer(8, 0.5), SpectralRegularizer(8, 0.5), ReshapedRegularizer(0.5)],
-    ids=lambda penalty: type(penalty).__name__,
-)
-def test_every_penalty_has_a_scale(penalty):
-    kernel = tf.constant(np.random.RandomState(0).randn(3, 3, 2, 4), tf.float32)
-    half = type(penalty).from_config(penalty.get_config() | {"scale": 0.5})
-    assert float(half(kernel)) == pytest.approx(0.5 * float(penalty(kernel)), rel=1e-4)
-    assert penalty.make_adjustable()
-    assert not penalty.make_adjustable()
-    penalty.scale = 0.25
-    assert penalty.get_config()["scale"] == 0.25
-    with pytest.raises(ValueError, match="scale must be a finite number at least 0"):
-        penalty.scale = -1
-
-
-def test_bad_arguments_of_the_schedule():
-    with pytest.raises(TypeError, match="schedule must be a function"):
-        FactorSchedule(0.5)
-    with pytest.raises(ValueError, match="unit must be one of"):
-        FactorSchedule(lambda n: n, unit="batch")
-    with pytest.raises(ValueError, match="FactorSchedule needs a model with a FrobeniusRegularizer"):
-        fit(small_model(factor=0), FactorSchedule(lambda n: 1.0))
-    with pytest.raises(ValueError, match="schedule\\(0\\) must be a finite number at least 0"):
-        fit(small_model(), FactorSchedule(lambda n: -1.0))
 
 
 MIRRORED = """
@@ -350,7 +496,7 @@ def losses(scope):
     x, y = random.rand(32, 8, 8, 2).astype("float32"), random.rand(32, 1).astype("float32")
     callbacks = [FactorSchedule(lambda epoch: [1.0, 0.5, 2.0][epoch]), SingularValueMonitor(include="conv")]
     history = model.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0, callbacks=callbacks).history
-    return history["loss"] + history["conv/sigma_max"]
+    return history["loss"] + history["sigma_max"]
 
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 assert strategy.num_replicas_in_sync == 2

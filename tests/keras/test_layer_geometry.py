@@ -1,9 +1,10 @@
 """The geometry that regularizers, the initializer and the constraint keep."""
 
+import keras
 import numpy as np
 import pytest
 
-from tf_frobreg import Convolution
+from tf_frobreg import Convolution, FrobeniusRegularizer
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 
 
@@ -63,3 +64,14 @@ def test_bad_arguments_are_refused_before_the_kernel_is_known(arguments, error, 
 def test_a_kernel_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="input_size must be an int or 1 ints"):
         taken((8, 8)).convolution((3, 3, 3))
+
+
+def test_an_image_size_with_channels_is_refused_in_losses_and_in_training():
+    layer = keras.layers.Conv2D(4, 3, kernel_regularizer=FrobeniusRegularizer((28, 28, 1)))
+    model = keras.Sequential([keras.Input((28, 28, 1)), layer, keras.layers.GlobalMaxPooling2D()])
+    model.compile("sgd", "mse")
+    message = r"Received: input_size=\(28, 28, 1\) \(write \(28, 28\), without channels\)"
+    with pytest.raises(ValueError, match=message):
+        sum(layer.losses)
+    with pytest.raises(ValueError, match=message):
+        model.fit(np.ones((2, 28, 28, 1)), np.ones((2, 4)), verbose=0)

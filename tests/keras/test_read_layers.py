@@ -162,7 +162,7 @@ def test_a_layer_that_the_model_never_called_is_named():
     found = read_kernels(model)
     assert [kernel.name for kernel in found.kernels] == ["used"]
     assert [(layer.name, layer.reason) for layer in found.untreated] == [
-        ("unused", "it has not been built: the model has not called it")
+        ("unused", "it has not been built: no call of the model has reached it")
     ]
 
 
@@ -196,21 +196,43 @@ def test_the_layers_are_as_before_if_the_call_on_zeros_fails():
     assert "call" not in vars(conv)
 
 
-def test_a_model_without_a_recorded_shape_takes_no_size():
+def test_a_model_that_is_called_on_a_dict_takes_one_size_or_several():
     class Several(keras.Model):
         def __init__(self):
             super().__init__()
             self.conv = LAYERS.Conv2D(2, 3, name="conv")
 
         def call(self, images):
-            return self.conv(images["left"]) + self.conv(images["right"])
+            return [self.conv(images["left"]), self.conv(images["right"])]
 
     model = Several()
     model({name: np.zeros((1, 6, 6, 1)) for name in ("left", "right")})
     (kernel,) = read_kernels(model).kernels
     assert kernel.conv.input_size == (6, 6)
-    with pytest.raises(ValueError, match="input_size needs a model whose input shape is known"):
+    assert read_kernels(model, 9).kernels[0].conv.input_size == (9, 9)
+    (kernel,) = read_kernels(model, {"left": 9, "right": (5, 4)}).kernels
+    assert (kernel.conv.input_size, kernel.other_sizes) == ((9, 9), ((5, 4),))
+
+
+def test_a_model_without_a_recorded_shape_takes_a_size_per_layer():
+    class Unrecorded(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.conv = LAYERS.Conv2D(2, 3, name="conv")
+
+        def get_build_config(self):
+            return None
+
+        def call(self, images):
+            return self.conv(images)
+
+    model = Unrecorded()
+    model(np.zeros((1, 6, 6, 1)))
+    with pytest.warns(UserWarning, match="The image size of conv is that of an earlier call"):
+        assert read_kernels(model).kernels[0].conv.input_size == (6, 6)
+    with pytest.raises(ValueError, match="input_size needs a model whose inputs are known"):
         read_kernels(model, 9)
+    assert read_kernels(model, {"conv": 9}).kernels[0].conv.input_size == (9, 9)
 
 
 def test_another_border():

@@ -6,7 +6,16 @@ import pytest
 from geometries import KERAS_CASES, label
 from oracles import impulse_matrix
 
-from tf_frobreg import frobenius_penalty, model_spectrum, penalty_floor, singular_values
+from tf_frobreg import (
+    FrobeniusRegularizer,
+    KernelSpectrum,
+    ModelSpectrum,
+    SumRegularizer,
+    frobenius_penalty,
+    model_spectrum,
+    penalty_floor,
+    singular_values,
+)
 
 
 def sigma_by_impulses(layer, image, channels):
@@ -81,6 +90,54 @@ def test_a_start_follows_a_training():
     assert np.isnan(high.extremes.sigma_min)
     other = keras.Sequential([keras.Input((12, 12, 8)), model.layers[0]])
     model_spectrum(other, start=before)  # of another geometry: not used
+
+
+def penalised_model():
+    """α is 2, 0.5 in a sum, and none. The layers are 1×1, so that R_α is that of the kernel times 64."""
+    layers = {
+        "two": FrobeniusRegularizer(8, alpha=2.0, padding="valid"),
+        "half": SumRegularizer(["l2", FrobeniusRegularizer(8, alpha=0.5)]),
+        "none": "l2",
+    }
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            *(
+                keras.layers.Conv2D(3, 1, kernel_regularizer=regularizer, name=name)
+                for name, regularizer in layers.items()
+            ),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "alphas"),
+    [({}, (2.0, 0.5, 1.0)), ({"alpha": None}, (2.0, 0.5, 1.0)), ({"alpha": 3}, (3.0, 3.0, 3.0))],
+)
+def test_alpha_is_that_of_the_penalty_of_each_kernel(arguments, alphas):
+    model = penalised_model()
+    spectrum = model_spectrum(model, **arguments)
+    assert tuple(row.alpha for row in spectrum) == alphas
+    for row, alpha, layer in zip(spectrum, alphas, model.layers, strict=True):
+        kernel = np.asarray(layer.kernel, np.float64)[0, 0]
+        expected = 64 * np.sum((kernel.T @ kernel - alpha * np.eye(3)) ** 2)
+        assert row.penalty == pytest.approx(expected, rel=1e-5)
+    cells = str(spectrum).split("\n\n")[1].splitlines()
+    assert ("α" in cells[0]) == (len(set(alphas)) > 1)
+    assert str(spectrum).splitlines()[0].endswith("α = 3") == (len(set(alphas)) == 1)
+
+
+def test_the_result_is_a_list_that_prints_as_a_table():
+    conv = keras.layers.Conv2D(4, 1, kernel_initializer="ones", name="conv")
+    causal = keras.layers.Conv1D(3, 3, padding="causal", name="causal")
+    layers = [conv, keras.layers.Reshape((64, 4)), causal]
+    spectrum = model_spectrum(keras.Sequential([keras.Input((8, 8, 1)), *layers]))
+    assert type(spectrum) is ModelSpectrum
+    assert all(type(row) is KernelSpectrum for row in spectrum)
+    lines = str(spectrum).splitlines()
+    assert lines[0] == "1 kernel, σ 2 … 2, α = 1, 1 not measured"
+    assert lines[4].split() == ["conv", "1×1×1×4", "8×8", "2", "2", "1", "576", "9", "0"]
+    assert lines[6] == f"Not measured: causal: {spectrum[1].reason}"
 
 
 @pytest.mark.parametrize(

@@ -330,10 +330,15 @@ def test_bad_arguments_are_refused_by_name(function, arguments, message):
         function(**{"kernel": np.ones((3, 3, 1, 1)), "input_size": 8} | arguments)
 
 
-@pytest.mark.parametrize("name", ["output_padding", "data_format", "stride"])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("output_padding", ""), ("data_format", ""), ("stride", r" \(did you mean 'strides'\?\)")],
+)
 @pytest.mark.parametrize("function", [frobenius_penalty, frobenius_gradient, penalty_excess, singular_values])
-def test_unknown_arguments_are_refused_by_name(function, name):
-    with pytest.raises(TypeError, match=f"unknown argument '{name}'. A convolution is given by strides"):
+def test_unknown_arguments_are_refused_by_name(function, name, hint):
+    with pytest.raises(
+        TypeError, match=f"unknown argument '{name}'{hint}. A convolution is given by strides"
+    ):
         function(np.ones((3, 3, 1, 1)), 8, **{name: 1})
 
 

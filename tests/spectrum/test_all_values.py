@@ -6,6 +6,7 @@ import tensorflow as tf
 from geometries import CIRCULAR_CASES, KERAS_CASES, label
 from oracles import impulse_matrix, naive_matrix
 
+import tf_frobreg.checks
 import tf_frobreg.spectrum.all_values
 from tf_frobreg import singular_values, transformation_matrix
 
@@ -78,3 +79,11 @@ def test_matrices_that_do_not_fit_are_refused():
 def test_bad_arguments_are_refused_by_name(arguments, error, message):
     with pytest.raises(error, match=message):
         singular_values(np.ones((3, 3, 1, 1)), 5, **arguments)
+
+
+@pytest.mark.parametrize("decomposed_rows", [0, 10**6], ids=["gram", "decomposition"])
+def test_what_does_not_fit_in_memory_names_the_function_that_does(decomposed_rows, monkeypatch):
+    monkeypatch.setattr(tf_frobreg.spectrum.all_values, "DECOMPOSED_ROWS", decomposed_rows)
+    monkeypatch.setattr(tf_frobreg.checks, "free_memory", lambda: 10**7)
+    with pytest.raises(ValueError, match="but 10,000,000 are free. Use extreme_singular_values"):
+        singular_values(np.ones((3, 3, 1, 1)), 40)

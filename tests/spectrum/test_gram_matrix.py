@@ -79,7 +79,7 @@ def test_the_matrix_is_float64():
 
 def test_a_dense_matrix_that_does_not_fit_is_refused():
     gram = GramMatrix(Convolution((1, 1, 1, 1), 512))
-    with pytest.raises(ValueError, match="M of shape 262144 × 262144 need a dense matrix.*Use a smaller inp"):
+    with pytest.raises(ValueError, match="M of shape 262144 × 262144 need a dense matrix.*Use extreme_sing"):
         next(gram.dense(np.ones((1, 1, 1, 1))))
 
 

@@ -1,5 +1,6 @@
 """Rows of a report: what was measured of one kernel, or why it was not measured."""
 
+import json
 import math
 
 import numpy as np
@@ -12,6 +13,8 @@ from tf_frobreg import (
     Convolution,
     ExtremeSingularValues,
     KernelSpectrum,
+    ModelSpectrum,
+    extreme_singular_values,
     frobenius_penalty,
     penalty_floor,
     singular_values,
@@ -38,6 +41,7 @@ def test_a_row_holds_the_singular_values_and_the_penalty(case):
     sigma = singular_values(kernel, case.image, accuracy=1e-14, **case.geometry)
     assert (row.name, row.reason) == ("layer", None)
     assert (row.kernel_shape, row.input_size, row.convolution) == (kernel.shape, case.image, conv)
+    assert row.alpha == 2.0
     assert row.extremes[:2] == pytest.approx((sigma[0], sigma[-1]), rel=1e-6, abs=1e-8 * sigma[0])
     expected = float(frobenius_penalty(kernel, case.image, alpha=2.0, **case.geometry))
     assert row.penalty == pytest.approx(expected)
@@ -142,3 +146,144 @@ def test_rows_as_text():
     assert str(KernelSpectrum("lstm", "LSTMCell is no convolution")) == "lstm  - LSTMCell is no convolution"
     assert str(KernelSpectrum("conv")) == "conv  - not measured"
     assert KernelSpectrum("conv").condition_number is None
+
+
+def measured(name, high, low, **values):
+    """A row by hand, with σ that are converged."""
+    ends = ExtremeSingularValues(high, low, 0.0, 0.0, True, True)
+    fields = {"kernel_shape": (3, 3, 1, 4), "input_size": (8, 8), "penalty": 64.0, "penalty_per_column": 1.0}
+    return KernelSpectrum(name, extremes=ends, **(fields | {"penalty_floor": 0.0, "alpha": 1.0} | values))
+
+
+def rows_with_everything():
+    """A plain row, values that are not finite, bounds, a Dense layer of another α, and what is missing."""
+    bounds = ExtremeSingularValues(3.0, 0.5, 0.1, 0.5, False, False)
+    return ModelSpectrum(
+        [
+            measured("conv", 2.0, 0.25),
+            measured("huge", 1e200, 0.0, penalty=math.inf, penalty_per_column=math.inf),
+            measured("high", 1.0, math.nan),
+            KernelSpectrum("bounds", None, (1, 1, 2, 2), (4, 5), bounds, 12.34567, 0.5, 0.25, None, 1.0),
+            measured("dense", 1.0, 1.0, kernel_shape=(5, 3), input_size=(), alpha=2.5),
+            KernelSpectrum("lstm", "LSTMCell is no convolution"),
+            KernelSpectrum("gru", "LSTMCell is no convolution"),
+            KernelSpectrum("nan", "its kernel holds NaN or infinity", kernel_shape=(3, 3, 2, 4)),
+        ]
+    )
+
+
+def test_a_report_as_text():
+    assert str(rows_with_everything()).splitlines() == [
+        "5 kernels, σ 0 … 1e+200, 3 not measured",
+        "",
+        "layer    kernel  image    σmax   σmin  σmax/σmin    α      R  R/column  floor",
+        "─────────────────────────────────────────────────────────────────────────────",
+        "conv    3×3×1×4    8×8       2   0.25          8    1     64         1      0",
+        "huge    3×3×1×4    8×8  1e+200      0          ∞    1      ∞         ∞      0",
+        "high    3×3×1×4    8×8       1      -          -    1     64         1      0",
+        "bounds  1×1×2×2    4×5     ≥ 3  ≤ 0.5        ≥ 6    1  12.35       0.5   0.25",
+        "dense       5×3      -       1      1          1  2.5     64         1      0",
+        "",
+        "Not measured: lstm, gru: LSTMCell is no convolution",
+        "Not measured: nan: its kernel holds NaN or infinity",
+    ]
+
+
+def test_a_report_in_one_line():
+    assert repr(rows_with_everything()) == "ModelSpectrum of 5 kernels, σ 0 … 1e+200, 3 not measured"
+    assert repr(ModelSpectrum([measured("conv", 2.0, 0.25)])) == "ModelSpectrum of 1 kernel, σ 0.25 … 2"
+    without_low = [measured("a", 2.0, math.nan), measured("b", 3.0, math.nan)]
+    assert repr(ModelSpectrum(without_low)) == "ModelSpectrum of 2 kernels, σ up to 3"
+    assert repr(ModelSpectrum()) == "ModelSpectrum of 0 kernels"
+
+
+def test_alpha_is_in_the_first_line_if_all_agree():
+    lines = str(ModelSpectrum([measured("a", 2.0, 0.5), measured("b", 3.0, 1.0)])).splitlines()
+    assert lines[0] == "2 kernels, σ 0.5 … 3, α = 1"
+    assert "α" not in lines[2]
+    assert "α" not in str(ModelSpectrum([measured("by hand", 2.0, 0.5, alpha=None)]))
+
+
+def test_columns_without_any_value_are_left_out():
+    rows = [measured("high", 2.0, math.nan, kernel_shape=(5, 3), input_size=())]
+    assert str(ModelSpectrum(rows)).splitlines()[2].split() == [
+        "layer",
+        "kernel",
+        "σmax",
+        "R",
+        "R/column",
+        "floor",
+    ]
+
+
+def test_a_report_of_nothing():
+    assert str(ModelSpectrum()) == "0 kernels"
+    missing = ModelSpectrum([KernelSpectrum("a"), KernelSpectrum("b", "no matrix")])
+    lines = ["0 kernels, 2 not measured", "", "Not measured: a: not measured", "Not measured: b: no matrix"]
+    assert str(missing).splitlines() == lines
+    assert missing._repr_html_().count("<p>") == 3
+
+
+def test_a_report_in_a_notebook():
+    html = rows_with_everything()._repr_html_()
+    assert "<caption>5 kernels, σ 0 … 1e+200, 3 not measured</caption>" in html
+    assert html.count("<tr>") == 6
+    assert all(f">{cell}</td>" in html for cell in ("bounds", "1×1×2×2", "≥ 3", "≤ 0.5", "∞", "2.5"))
+    assert html.endswith("<p>Not measured: nan: its kernel holds NaN or infinity</p>")
+
+
+def test_a_report_is_a_list():
+    rows = rows_with_everything()
+    assert rows[0].name == "conv"
+    assert [row.name for row in rows[-2:]] == ["gru", "nan"]
+    assert type(rows[:2]) is list
+    assert rows == list(rows)
+    assert len(rows) == 8
+
+
+def test_records_are_flat_plain_values():
+    rows = rows_with_everything()
+    records = {record["layer"]: record for record in rows.records()}
+    assert list(records) == [row.name for row in rows]
+    assert records["bounds"] == {
+        "layer": "bounds",
+        "kernel_shape": (1, 1, 2, 2),
+        "input_size": (4, 5),
+        "sigma_max": 3.0,
+        "sigma_min": 0.5,
+        "sigma_max_error": 0.1,
+        "sigma_min_error": 0.5,
+        "sigma_max_converged": False,
+        "sigma_min_converged": False,
+        "sigma_min_is_upper_bound": True,
+        "condition_number": 6.0,
+        "alpha": 1.0,
+        "penalty": 12.34567,
+        "penalty_per_column": 0.5,
+        "penalty_floor": 0.25,
+        "reason": None,
+    }
+    assert records["huge"]["penalty"] == records["huge"]["condition_number"] == math.inf
+    unknown = ("sigma_min", "sigma_min_converged", "sigma_min_is_upper_bound", "condition_number")
+    assert [records["high"][name] for name in unknown] == [None] * 4
+    assert records["high"]["sigma_max_converged"] is True
+    known = {name: value for name, value in records["nan"].items() if value is not None}
+    assert known == {
+        "layer": "nan",
+        "kernel_shape": (3, 3, 2, 4),
+        "reason": "its kernel holds NaN or infinity",
+    }
+
+
+def test_measured_records_hold_no_arrays(searched):
+    row = report_kernel("a", normal(3, 3, 8, 8), Convolution((3, 3, 8, 8), 12), 1.0, accuracy=1e-4)
+    assert row.extremes.vectors is not None
+    record = row.to_dict()
+    assert json.loads(json.dumps(record)) == record | {"kernel_shape": [3, 3, 8, 8], "input_size": [12, 12]}
+
+
+def test_a_row_has_a_short_repr():
+    extremes = extreme_singular_values(np.ones((1, 1, 1, 4)), 8)
+    row = KernelSpectrum("conv", None, (1, 1, 1, 4), (8, 8), extremes, 1.0)
+    assert repr(row) == "KernelSpectrum(name='conv', sigma_max=2, sigma_min=2)"
+    assert repr(KernelSpectrum("a", "no matrix")) == "KernelSpectrum(name='a', reason='no matrix')"

@@ -56,7 +56,7 @@ class SpectrumOptions:
     file: str
     model: str | None
     input_size: "Size | None"
-    alpha: float
+    alpha: float | None
     accuracy: float
     sigma_max_only: bool
     geometry: "Geometry"  # only what the user gave
@@ -214,7 +214,11 @@ def _add_spectrum(commands: Any) -> None:
         "--model", help="model for a .weights.h5 file: .keras, .h5 or .json, as from model.to_json()"
     )
     _add_geometry(parser)
-    parser.add_argument("--alpha", type=float, default=1.0, help="α of R, the target of σ² (default: 1)")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        help="α of R, the target of σ² (default: α of the penalty that a model's kernel has, otherwise 1)",
+    )
     parser.add_argument(
         "--accuracy",
         type=float,

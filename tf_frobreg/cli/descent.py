@@ -3,6 +3,7 @@
 import csv
 import functools
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,13 +26,13 @@ from tf_frobreg.cli.files import (
 from tf_frobreg.cli.model_files import MODELS, load_model, refuse_geometry
 from tf_frobreg.cli.terminal import (
     StopRequest,
-    fitting_table,
     load_tensorflow,
     progress_display,
     show,
+    show_remark,
     stop_request,
 )
-from tf_frobreg.keras.reports import percent
+from tf_frobreg.tables import percent, text_report
 
 if TYPE_CHECKING:
     from tf_frobreg import DescentResult, ModelDescent
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
 PAPER_SHAPES = ((3, 3, 3, 1), (3, 3, 1, 3), (3, 3, 3, 6), (3, 3, 6, 3))
 PAPER_SIZE = 20
 TABLE_STEPS = (0, 10, 20, 50, 100)
-# Columns of the table of a model that can be left out, the first one first.
-OPTIONAL_COLUMNS = ("R before", "R after", "escapes", "α", "steps")
+INTERRUPTED = "not converged: interrupted, the kernel reached so far is kept"
 LOSS_IGNORED = "The weights change now, without a look at the loss. Check the accuracy of the new model."
 # A trained network kept its accuracy when its kernels moved by 20 %, and lost it at 60 %.
 FAR = 0.25
@@ -104,8 +104,12 @@ def _regularize_kernel(options: RegularizeOptions) -> int:
     files = _output_files(options)
     alpha = 1.0 if options.alpha is None else options.alpha
     load_tensorflow()
+    from tf_frobreg.convolution.kernel import remark_on_order
+
+    show_remark(options.file, remark_on_order(kernel.shape))
     with stop_request() as stop:
-        with progress_display() as progress, refusals_as_bad_input():
+        with progress_display() as progress, refusals_as_bad_input(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A kernel .* PyTorch's order", UserWarning)  # already shown
             follow = _follower(progress, stop, options.max_steps)
             result = tf_frobreg.regularize_kernel(
                 kernel,
@@ -162,7 +166,7 @@ def _regularize_model(options: RegularizeOptions) -> int:
             files["--plot"].write_figure(tf_frobreg.plot_convergence(descent.results))
         if "--history" in files:
             _write_history(files["--history"], descent.results)
-    show(*_model_table(descent), *_model_remarks(descent), *notes, written(files))
+    show(_model_report(descent), *notes, written(files))
     return 0 if descent.converged and not stop.pressed else 1
 
 
@@ -250,42 +254,31 @@ def _paper_table(results: Mapping[str, "DescentResult"]) -> Table:
     return table
 
 
-def _model_table(descent: "ModelDescent") -> list[Table | str]:
-    """Returns a table with a row for each kernel, and a line that names the columns it lacks."""
-    rows = []
-    for name, result in descent.results.items():
-        high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
-        rows.append(
-            {
-                "kernel": name,
-                "α": f"{descent.alphas[name]:g}",
-                "R before": f"{result.history['penalty'][0]:.4g}",
-                "R after": f"{result.penalty:.4g}",
-                "σmax": "-" if np.isnan(high) else f"{high:.4f}",
-                "σmin": "-" if np.isnan(low) else f"{low:.4f}",
-                "steps": str(result.num_steps),
-                "escapes": str(len(result.escapes)),
-                "moved": percent(descent.changes[name]),
-                "result": result.reason.name.lower().replace("_", " "),
-            }
-        )
-    table, left_out = fitting_table(rows, left=["kernel", "result"], optional=OPTIONAL_COLUMNS)
-    return [table, *([f"The terminal is too narrow for: {', '.join(left_out)}."] if left_out else [])]
+def _model_report(descent: "ModelDescent") -> str:
+    """Returns a table with a row for each kernel, and what to know and to do next."""
+    from tf_frobreg.keras.whole_model import (
+        LEFT_COLUMNS,
+        NOT_REACHED,
+        OPTIONAL_COLUMNS,
+        descent_remarks,
+        descent_rows,
+        descent_summary,
+    )
 
-
-def _model_remarks(descent: "ModelDescent") -> list[str]:
-    """Returns lines on kernels that did not converge, layers that were left out, and what to do next."""
-    from tf_frobreg.keras.whole_model import NOT_REACHED
-
-    failed = {name: result for name, result in descent.results.items() if not result.converged}
-    lines = [f"{name}: {_reason(result)}" for name, result in failed.items()]
-    for name, reason in descent.left_out.items():
-        # Only Ctrl-C makes the callback stop.
-        lines.append(f"{name}: left as it is ({'interrupted' if reason == NOT_REACHED else reason})")
+    remarks = [  # only Ctrl-C makes the callback stop
+        line.replace(tf_frobreg.StopReason.STOPPED.value, INTERRUPTED).replace(NOT_REACHED, "interrupted")
+        for line in descent_remarks(descent)
+    ]
     farthest = max(descent.changes.values())
     if farthest > FAR:
-        lines.append(f"Kernels moved by up to {percent(farthest)}. {MOVED_FAR}")
-    return lines
+        remarks.append(f"Kernels moved by up to {percent(farthest)}. {MOVED_FAR}")
+    return text_report(
+        descent_summary(descent),
+        descent_rows(descent),
+        remarks,
+        left=LEFT_COLUMNS,
+        optional=OPTIONAL_COLUMNS,
+    )
 
 
 def _digits(value: float) -> str:
@@ -302,9 +295,8 @@ def _summary(result: "DescentResult") -> str:
 
 def _reason(result: "DescentResult") -> str:
     """Returns why a descent ended, as a sentence."""
-    if result.reason is tf_frobreg.StopReason.STOPPED:  # only Ctrl-C makes the callback stop
-        return "not converged: interrupted, the kernel reached so far is kept"
-    return result.reason.value
+    stopped = result.reason is tf_frobreg.StopReason.STOPPED  # only Ctrl-C makes the callback stop
+    return INTERRUPTED if stopped else result.reason.value
 
 
 def _escapes(result: "DescentResult") -> str:

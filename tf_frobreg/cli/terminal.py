@@ -7,19 +7,21 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from rich import box
-from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tf_frobreg.tables import terminal_width
+
+WIDTH = 200  # of a file or a pipe
+
 
 def show(*lines: str | Table) -> None:
     """Prints lines and tables. The files are already written, so a closed or full output is no error."""
-    console = Console(markup=False, highlight=False, width=terminal_width())
+    console = Console(markup=False, highlight=False, width=terminal_width() or WIDTH)
     try:
         for line in lines:
             console.print(line, soft_wrap=isinstance(line, str))
@@ -30,42 +32,10 @@ def show(*lines: str | Table) -> None:
         print(f"The files are written, but standard output failed: {reason}", file=sys.stderr)
 
 
-def terminal_width() -> int:
-    """Returns the columns of standard output, or 200 if it is a file or a pipe."""
-    return Console().width if sys.stdout.isatty() else 200
-
-
-def fitting_table(
-    rows: Sequence[Mapping[str, str]],
-    *,
-    left: Collection[str],
-    optional: Sequence[str],
-    title: str | None = None,
-) -> tuple[Table, list[str]]:
-    """Returns a table that fits the terminal, and the names of the columns that it lacks.
-
-    Args:
-        rows: Cells by column.
-        left: Columns that are aligned to the left, and folded if the terminal is still too narrow.
-        optional: Columns that can be left out, the first one first.
-        title: Title of the table.
-
-    Returns:
-        (the table, the names of the columns that were left out).
-    """
-    widths = {
-        name: max(cell_len(text) for text in (name, *(row[name] for row in rows))) + 3 for name in rows[0]
-    }
-    for name in optional:
-        if sum(widths.values()) + 1 > terminal_width():
-            widths.pop(name, None)
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for name in widths:
-        is_text = name in left
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
-    for row in rows:
-        table.add_row(*(row[name] for name in widths))
-    return table, [name for name in rows[0] if name not in widths]
+def show_remark(name: str, remark: str | None) -> None:
+    """Prints a remark on a kernel, if there is one, as a line on standard error."""
+    if remark is not None:
+        print(f"{name}: {remark}", file=sys.stderr)
 
 
 @contextlib.contextmanager

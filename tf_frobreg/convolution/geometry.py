@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypedDict
 
 import numpy as np
 
-from tf_frobreg.checks import check_choice, check_integer
+from tf_frobreg.checks import check_choice, check_integer, did_you_mean
 from tf_frobreg.convolution.axis import Axis
 
 __all__ = ["Convolution", "Geometry"]
@@ -112,6 +112,34 @@ class Convolution:
         """Returns the convolution that a caller's `**geometry` describes, or raises an error."""
         _check_names(geometry)
         return cls(kernel_shape, input_size, **geometry)
+
+    @classmethod
+    def from_layer(cls, layer: Any, input_size: Size | None = None, part: str | None = None) -> "Convolution":
+        """Returns how a built Keras layer applies its kernel.
+
+        Args:
+            layer: A convolution of any kind, or `Dense`.
+            input_size: Spatial size of the layer's input, an int or one int per axis. None takes the size
+                that Keras recorded, if the layer has been applied to images of one size.
+            part: "depthwise" or "pointwise", for the two kernels of a separable convolution.
+
+        Returns:
+            The convolution.
+
+        Raises:
+            TypeError: If `layer` is not such a layer.
+            ValueError: If the package cannot treat the layer, or if its image size is not known.
+
+        Example:
+            >>> import keras
+            >>> layer = keras.layers.Conv2D(4, 3, strides=2)
+            >>> _ = keras.Sequential([keras.Input((10, 10, 1)), layer])
+            >>> Convolution.from_layer(layer).shape
+            (64, 100)
+        """
+        from tf_frobreg.convolution.layer import read_layer  # that module imports this one
+
+        return read_layer(layer, input_size, part).conv
 
     def _check_fit(self) -> None:
         """Checks what depends on the kernel's shape."""
@@ -233,7 +261,8 @@ def check_geometry(geometry: Geometry) -> dict[str, Any]:
         ValueError: If an argument is invalid. The message names the argument.
     """
     _check_names(geometry)
-    padding = check_choice("padding", geometry.get("padding", "same"), PADDINGS)
+    padding = geometry.get("padding", "same")
+    padding = check_choice("padding", padding.lower() if isinstance(padding, str) else padding, PADDINGS)
     kind = check_choice("kind", geometry.get("kind", "conv"), KINDS)
     strides = _check_size("strides", geometry.get("strides", 1))
     dilation_rate = _check_size("dilation_rate", geometry.get("dilation_rate", 1))
@@ -287,7 +316,8 @@ def _check_names(geometry: Geometry) -> None:
     """Raises an error if `geometry` has a key that `Geometry` does not have."""
     for name in geometry.keys() - Geometry.__annotations__.keys():
         raise TypeError(
-            f"unknown argument {name!r}. A convolution is given by {', '.join(Geometry.__annotations__)}."
+            f"unknown argument {name!r}{did_you_mean(name, Geometry.__annotations__)}. A convolution is "
+            f"given by {', '.join(Geometry.__annotations__)}."
         )
 
 
@@ -328,9 +358,8 @@ def _per_axis(name: str, size: int | tuple[int, ...], rank: int) -> tuple[int, .
         return (size,) * rank
     if len(size) != rank:
         wanted = (
-            f"an int or {rank} ints, one per spatial axis of the kernel, without channels"
-            if rank
-            else f"() {NO_SPATIAL_AXIS}"
+            f"an int or {rank} ints, one per spatial axis of the kernel" if rank else f"() {NO_SPATIAL_AXIS}"
         )
-        raise ValueError(f"{name} must be {wanted}. Received: {name}={reprlib.repr(size)}")
+        hint = f" (write {size[:rank]}, without channels)" if 0 < rank == len(size) - 1 else ""
+        raise ValueError(f"{name} must be {wanted}. Received: {name}={reprlib.repr(size)}{hint}")
     return size

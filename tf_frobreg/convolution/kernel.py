@@ -1,9 +1,136 @@
-"""Kernels as users pass them: arrays, tensors and variables."""
+"""Kernels as users pass them: arrays, tensors and variables, or a built Keras layer."""
 
+import reprlib
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
+
+from tf_frobreg.convolution.geometry import Convolution, Geometry, Size, check_geometry
+from tf_frobreg.convolution.layer import SEPARABLE, KernelPlace, check_layer, read_layer
+
+
+def kernel_and_convolution(
+    kernel: Any, input_size: Size | None, geometry: Geometry, *, known: bool = False
+) -> tuple[Any, Convolution]:
+    """Returns the checked kernel and its geometry, from a kernel and its geometry or from a built layer.
+
+    Warns if the kernel seems to be in PyTorch's order. The warning points at the caller of the function that
+    calls this one.
+
+    Args:
+        kernel: Array, tensor or variable, or a built Keras layer.
+        input_size: Spatial size of the input. A layer can have recorded it, and a Dense kernel has none.
+        geometry: The keyword arguments. For a layer only `padding` can be given.
+        known: Whether the values of the kernel must be known, that is, not inside a tf.function.
+
+    Returns:
+        (the kernel, its geometry). The kernel is a tensor, or an array if its values must be known.
+
+    Raises:
+        TypeError: If the kernel is not an array of floats, or an argument is missing or unknown.
+        ValueError: If an argument is invalid.
+    """
+    convert = known_values if known else as_kernel
+    if isinstance(kernel, keras.layers.Layer):
+        place = _place_in_layer(kernel, input_size, geometry)
+        return convert(getattr(kernel, place.attribute)), place.conv
+    values = convert(kernel)
+    _warn_of_other_order(values)
+    return values, convolution_of(values.shape, input_size, geometry)
+
+
+def kernel_of(kernel: Any) -> tf.Tensor:
+    """Returns the checked kernel, from a kernel or from a built layer, for what needs no geometry.
+
+    Raises:
+        TypeError: If the kernel is not an array of floats, or the layer has no kernel or two.
+        ValueError: If the package cannot treat the layer, or the kernel contains NaN or infinity.
+    """
+    if isinstance(kernel, keras.layers.Layer):
+        _check_one_kernel(kernel)
+        return as_kernel(kernel.kernel)
+    values = as_kernel(kernel)
+    _warn_of_other_order(values)
+    return values
+
+
+def convolution_of(kernel_shape: Any, input_size: Size | None, geometry: Geometry) -> Convolution:
+    """Returns the geometry of a kernel of that shape, or of a built layer in its place.
+
+    Raises:
+        TypeError: If an argument has the wrong type, is missing or unknown.
+        ValueError: If an argument is invalid.
+    """
+    if isinstance(kernel_shape, keras.layers.Layer):
+        return _place_in_layer(kernel_shape, input_size, geometry).conv
+    if input_size is None:
+        if np.shape(kernel_shape) != (2,):
+            raise TypeError(
+                "input_size must be given: the spatial size of the layer's input, an int or one int per "
+                "axis. Received: input_size=None"
+            )
+        input_size = ()  # of a Dense kernel
+    return Convolution.of(kernel_shape, input_size, geometry)
+
+
+def _place_in_layer(layer: keras.layers.Layer, input_size: Size | None, geometry: Geometry) -> KernelPlace:
+    """Returns the only kernel of a layer, with the padding that `geometry` may hold."""
+    check_geometry(geometry)
+    repeated = sorted(geometry.keys() - {"padding"})
+    if repeated:
+        raise TypeError(
+            f"{repeated[0]} cannot be given for a layer: it is read from the layer. "
+            f"Received: kernel={reprlib.repr(layer)}"
+        )
+    _check_one_kernel(layer)
+    place = read_layer(layer, input_size)
+    conv = Convolution.of(place.conv.kernel_shape, place.conv.input_size, place.conv.geometry | geometry)
+    return place._replace(conv=conv)
+
+
+def _check_one_kernel(layer: keras.layers.Layer) -> None:
+    """Raises an error if the package cannot treat a layer, or if the layer has two kernels."""
+    check_layer(layer)
+    if isinstance(layer, SEPARABLE):
+        raise TypeError(
+            f"layer {layer.name!r} has two kernels: give layer.depthwise_kernel or layer.pointwise_kernel, "
+            'with the geometry that Convolution.from_layer(layer, part="depthwise") shows'
+        )
+
+
+def _warn_of_other_order(kernel: Any) -> None:
+    """Warns the caller of the public function, which is three calls up."""
+    remark = remark_on_order(kernel.shape)
+    if remark is not None:
+        warnings.warn(remark, stacklevel=4)
+
+
+def remark_on_order(kernel_shape: Sequence[int]) -> str | None:
+    """Returns a remark if a kernel seems to be in PyTorch's order, (filters, in_channels, *kernel_size).
+
+    In Keras' order its first axes would be a large kernel size with an even number, and all axes after them
+    would be one number that is a frequent kernel size. A kernel of `Conv1D` has one axis of each kind, so
+    both axes before the last must be large.
+    """
+    shape = tuple(kernel_shape)
+    rank = len(shape) - 2
+    if rank < 1 or None in shape or len(set(shape[2:])) > 1 or shape[-1] not in (3, 5, 7):
+        return None
+    if rank == 1:
+        suspect = min(shape[:2]) >= 16 and shape[0] % 2 == 0
+    else:
+        suspect = any(n > 4 and n % 2 == 0 for n in shape[:rank])
+    if not suspect:
+        return None
+    return (
+        f"A kernel of shape {shape} seems to have PyTorch's order, (filters, in_channels, *kernel_size). "
+        f"Keras' order is (*kernel_size, in_channels, filters): use "
+        f"kernel.transpose{(*range(2, rank + 2), 1, 0)}."
+    )
 
 
 def as_kernel(kernel: Any, *, check_finite: bool = True) -> tf.Tensor:

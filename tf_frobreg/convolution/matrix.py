@@ -10,7 +10,7 @@ import tensorflow as tf
 from tf_frobreg.checks import check_choice, check_memory
 from tf_frobreg.convolution.axis import Taps
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import as_kernel
+from tf_frobreg.convolution.kernel import convolution_of, kernel_and_convolution
 
 __all__ = ["ToeplitzIndices", "index_set", "toeplitz_indices", "transformation_matrix"]
 
@@ -39,7 +39,11 @@ class ToeplitzIndices(NamedTuple):
 
 
 def transformation_matrix(
-    kernel: Any, input_size: Size, *, layout: str = "channels_last", **geometry: Unpack[Geometry]
+    kernel: Any,
+    input_size: Size | None = None,
+    *,
+    layout: str = "channels_last",
+    **geometry: Unpack[Geometry],
 ) -> tf.SparseTensor:
     r"""Returns the transformation matrix M of a layer: M·vec(X) = vec(Y) for each input X and its output Y.
 
@@ -48,8 +52,9 @@ def transformation_matrix(
     kernel. Building M takes about 80 bytes per entry. `frobenius_penalty` computes ‖MᵀM − αI‖²_F without M.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         layout: Order of rows and columns. "channels_last" is (row, column, channel), as Keras flattens an
             image. "paper" is (channel, row, column), as in (3.1) with blocks as in (2.1).
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
@@ -79,8 +84,8 @@ def transformation_matrix(
         >>> print(penalty.numpy(), tape.gradient(penalty, kernel).numpy().ravel())
         6.0 [8. 8. 4.]
     """
-    kernel = as_kernel(kernel)
-    index = toeplitz_indices(kernel.shape, input_size, layout=layout, **geometry)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
+    index = toeplitz_indices(conv.kernel_shape, conv.input_size, layout=layout, **conv.geometry)
     values = tf.gather(tf.reshape(kernel, [-1]), index.kernel_index)
     # On an image smaller than the kernel, several "circular" taps share a position. Their values add up.
     first = np.ones(len(index.positions), dtype=bool)
@@ -91,8 +96,8 @@ def transformation_matrix(
 
 
 def toeplitz_indices(
-    kernel_shape: Sequence[int],
-    input_size: Size,
+    kernel_shape: Sequence[int] | Any,
+    input_size: Size | None = None,
     *,
     layout: str = "channels_last",
     **geometry: Unpack[Geometry],
@@ -100,8 +105,8 @@ def toeplitz_indices(
     """Returns which kernel entry stands at which position of M, equations (2.1) and (3.1).
 
     Args:
-        kernel_shape: Shape of the kernel.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel_shape: Shape of the kernel, or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         layout: "channels_last" or "paper", the order of rows and columns.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
@@ -118,7 +123,7 @@ def toeplitz_indices(
         >>> print(index.positions.tolist(), index.kernel_index)
         [[0, 0], [0, 1], [1, 0], [1, 1]] [1 2 0 1]
     """
-    conv = Convolution.of(kernel_shape, input_size, geometry)
+    conv = convolution_of(kernel_shape, input_size, geometry)
     check_choice("layout", layout, LAYOUTS)
     groups, g, h = conv.blocks
     count = math.prod(a.num_taps for a in conv.axes) * groups * g * h
@@ -149,8 +154,8 @@ def toeplitz_indices(
 
 
 def index_set(
-    kernel_shape: Sequence[int],
-    input_size: Size,
+    kernel_shape: Sequence[int] | Any,
+    input_size: Size | None,
     entry: Sequence[int],
     *,
     layout: str = "channels_last",
@@ -159,8 +164,8 @@ def index_set(
     """Returns the paper's set Ω of one kernel entry k: all (i, j) with m_ij = k (Theorems 2.1 and 3.1).
 
     Args:
-        kernel_shape: Shape of the kernel.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel_shape: Shape of the kernel, or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         entry: Index of the kernel entry, 0-based, one int per axis of the kernel: (p, q, z, y).
         layout: "channels_last" or "paper", the order of rows and columns.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
@@ -178,8 +183,9 @@ def index_set(
         >>> index_set((3, 1, 1, 1), (3, 1), (0, 0, 0, 0)).tolist()
         [[1, 0], [2, 1]]
     """
-    index = toeplitz_indices(kernel_shape, input_size, layout=layout, **geometry)
-    shape = tuple(kernel_shape)
+    conv = convolution_of(kernel_shape, input_size, geometry)
+    index = toeplitz_indices(conv.kernel_shape, conv.input_size, layout=layout, **conv.geometry)
+    shape = conv.kernel_shape
     try:
         flat = np.ravel_multi_index(tuple(entry), shape)
     except (TypeError, ValueError):

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from tf_frobreg.checks import check_choice, check_flag, check_integer, check_number
-from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import as_kernel
+from tf_frobreg.convolution.geometry import Geometry, Size
+from tf_frobreg.convolution.kernel import kernel_and_convolution
 from tf_frobreg.descent.escapes import Escape, EscapePlan
 from tf_frobreg.descent.step_rules import Point, State, StepRule, step_rule
 from tf_frobreg.descent.stopping import ConvergenceCheck
@@ -73,7 +73,7 @@ class _Row(NamedTuple):
     sigma_min: float
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class DescentResult:
     """The outcome of a descent. Pass it to `regularize_kernel` instead of a kernel to continue the descent.
 
@@ -90,7 +90,8 @@ class DescentResult:
             "gradient_norm" is ‖∂R_α/∂K‖_F. "learning_rate" is the λ of the step that starts at this row, and
             NaN in the last row and at an escape. "sigma_max" and "sigma_min" are NaN at steps at which they
             were not measured. "step" is the number of the row. After a divergence, the rows beyond
-            `num_steps` lead to the first penalty that is not finite.
+            `num_steps` lead to the first penalty that is not finite. `pandas.DataFrame(result.history)` takes
+            it as it is.
         escapes: The jumps out of local minima. R_α can increase at an escape, and with "exact" steps nowhere
             else.
 
@@ -124,13 +125,48 @@ class DescentResult:
             )
         object.__setattr__(self, "escapes", tuple(self.escapes))
 
+    def __repr__(self) -> str:
+        """Returns one line without arrays."""
+        low, high = self._sigma()
+        return (
+            f"DescentResult(penalty={self.penalty:.4g}, num_steps={self.num_steps}, sigma_min={low:.4g}, "
+            f"sigma_max={high:.4g}, escapes={self._jumps()}, reason={self.reason.name})"
+        )
+
     def __str__(self) -> str:
-        columns = [np.asarray(self.history.get(name, ())) for name in ("sigma_min", "sigma_max")]
-        low, high = (c[self.num_steps] if len(c) > self.num_steps else math.nan for c in columns)
+        low, high = self._sigma()
         measured = "" if math.isnan(low + high) else f"σ {low:.4g} … {high:.4g}, "
-        jumps = len({escape.step for escape in self.escapes})
+        jumps = self._jumps()
         escaped = f", {jumps} escape{'' if jumps == 1 else 's'}" if jumps else ""
         return f"R {self.penalty:.4g} after {self.num_steps} steps{escaped}, {measured}{self.reason.value}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the outcome as flat plain values, without the kernel and the history.
+
+        Returns:
+            "penalty", "num_steps", "reason" (a sentence), "converged", "sigma_min" and "sigma_max" (None if
+            they were not measured), and "escapes": the number of steps at which the descent escaped.
+        """
+        low, high = (None if math.isnan(sigma) else float(sigma) for sigma in self._sigma())
+        return {
+            "penalty": float(self.penalty),
+            "num_steps": int(self.num_steps),
+            "reason": self.reason.value,
+            "converged": self.converged,
+            "sigma_min": low,
+            "sigma_max": high,
+            "escapes": self._jumps(),
+        }
+
+    def _sigma(self) -> tuple[float, float]:
+        """Returns (σmin, σmax) of `kernel`, NaN if they were not measured."""
+        columns = [np.asarray(self.history.get(name, ())) for name in ("sigma_min", "sigma_max")]
+        low, high = (c[self.num_steps] if len(c) > self.num_steps else math.nan for c in columns)
+        return low, high
+
+    def _jumps(self) -> int:
+        """Returns at how many steps the descent escaped. Several groups can escape at the same step."""
+        return len({escape.step for escape in self.escapes})
 
     @property
     def converged(self) -> bool:
@@ -140,7 +176,7 @@ class DescentResult:
 
 def regularize_kernel(
     kernel: Any,
-    input_size: Size,
+    input_size: Size | None = None,
     *,
     alpha: float = 1.0,
     learning_rate: Any = "exact",
@@ -165,11 +201,11 @@ def regularize_kernel(
     with the whole derivative they overshoot, and σ oscillates forever.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable. It is
-            not modified. A `DescentResult` is continued: its steps count on and its history grows. If the
-            settings are the same, its conjugate directions and its Keras optimizer go on as if there had been
-            no stop. You may change all arguments except alpha and the geometry.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer. It is not modified. A `DescentResult` is continued: its steps count on and
+            its history grows. If the settings are the same, its conjugate directions and its Keras optimizer
+            go on as if there had been no stop. You may change all arguments except alpha and the geometry.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         alpha: α, the target of σ². Positive.
         learning_rate: λ. "exact" (negative if the lowest point lies behind), "paper" (`paper_schedule`), a
             positive number, a function of the step such as a Keras `LearningRateSchedule`, or a Keras
@@ -230,8 +266,7 @@ def regularize_kernel(
         raise TypeError(f"callback must be callable. Received: callback={reprlib.repr(callback)}")
     method, tape = _method_and_tape(method, gradient)
     before = kernel if isinstance(kernel, DescentResult) else None
-    kernel = as_kernel(before.kernel if before else kernel)
-    conv = Convolution.of(kernel.shape, input_size, geometry)
+    kernel, conv = kernel_and_convolution(before.kernel if before else kernel, input_size, geometry)
     penalty = FrobeniusPenalty(conv, alpha, method)
     escapes = before.escapes if before else ()
     plan = EscapePlan(penalty, tolerance, escapes) if check_flag("escape", escape) else None

@@ -1,9 +1,10 @@
-"""Keras callbacks: watch singular values during training, and change the factor of penalties."""
+"""A Keras callback that watches singular values during training."""
 
 import math
 import reprlib
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -12,23 +13,36 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from tf_frobreg.checks import check_accuracy, check_choice, check_flag, check_integer, check_number
-from tf_frobreg.convolution.geometry import Size
-from tf_frobreg.keras.read_layers import LayerKernel, flat_layers
-from tf_frobreg.keras.regularizers import WeightedRegularizer, regularizer_parts
+from tf_frobreg.keras.own_penalty import Target, target_of, warn_of_geometry
 from tf_frobreg.keras.select_kernels import Selection, check_selection, select_kernels
+from tf_frobreg.keras.trace import InputSize
 from tf_frobreg.keras.training_clock import TrainingClock
 from tf_frobreg.plotting import plot_gradient_norms, plot_training
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, report_kernel
 
-__all__ = ["FactorSchedule", "SingularValueMonitor"]
+__all__ = ["SingularValueMonitor"]
+
+LONG_MEASUREMENT = 10.0  # seconds
+LARGE_SHARE = 0.2  # of the training's time
+SETTLED = 10.0  # seconds of training after which the share counts
 
 
 class SingularValueMonitor(keras.callbacks.Callback):
-    """Logs σmax, σmin and R_α of each layer during training.
+    """Measures σmax, σmin and R_α of each layer during training.
 
-    Their names in `logs` are "<layer>/sigma_max", "<layer>/sigma_min" and "<layer>/penalty". They appear in
-    `History`, and in `CSVLogger` and `TensorBoard` if those come after this callback in the list. After an
-    epoch without a measurement they are NaN. Each search starts at the singular vectors found before.
+    It writes three numbers of the whole model into `logs`: "sigma_max", the largest σmax of all kernels,
+    "sigma_min", the smallest σmin, and "penalty", the sum of all R_α without factors. They appear in the
+    progress line and in `History`. `CSVLogger`, `TensorBoard` and `ModelCheckpoint` see them if they come
+    after this callback in the list. After an epoch without a measurement they are NaN. `history` holds the
+    numbers of each kernel.
+
+    A kernel's own `FrobeniusRegularizer` decides what R_α is: its α, its `reduction`, and its padding if that
+    is "circular". σ is that of the same operator. R_α of a kernel without one is measured with α = 1 and
+    `reduction="mean"`. If a penalty has another geometry than its layer in this model, a warning says so. The
+    layer's own geometry is measured then.
+
+    Each search starts at the singular vectors found before. If the measurements take long, a warning says how
+    long.
 
     Args:
         every: Number of epochs or batches from one measurement to the next. The first measurement comes
@@ -38,23 +52,27 @@ class SingularValueMonitor(keras.callbacks.Callback):
         include: Which kernels to measure: a name with wildcards such as "block*", a layer, a layer class, a
             function of the layer that returns a bool, or a list of those. None means all.
         exclude: Which kernels to leave out, in the same form.
-        alpha: α of R_α, the target of σ². Positive.
+        alpha: α of R_α, the target of σ², for all kernels. Positive. None takes α of each kernel's own
+            penalty, and 1 for kernels without one.
         accuracy: Error estimate of σmax to reach, relative to σmax. σmin has the square root of it.
         sigma_min: Whether to measure σmin. Without σmin, a measurement takes a fraction of the time.
         max_seconds: Time limit per measurement. Kernels not reached are recorded as NaN and measured first
-            next time.
+            next time. The numbers of the whole model then contain their latest values, if there are any.
         max_iterations: Approximate limit on products with the Gram matrix, for each singular value and each
             solver.
         gradient_data: A batch of arrays `(x, y)`. Each measurement then also records the norm of the gradient
             of the loss, including penalties, with respect to each kernel. `plot_gradients` draws these norms.
             The model must be compiled with a loss.
-        input_size: Size of the input images, if the model leaves it open. An int or one int per axis.
+        input_size: Size of the input images, if the model leaves it open. An int or one int per axis, or a
+            dict of these by the name of an input or of a layer.
+        per_kernel: Whether `logs` also hold the numbers of each kernel, under their names in `history`.
 
     Attributes:
         history: A dict of columns with one row per measurement: "epoch" (a fraction within an epoch),
-            "seconds" (duration of the measurement), the three columns of each kernel named above, and
-            "<layer>/gradient_norm" with `gradient_data`. A second `fit` of the same model adds rows. If its
-            epochs start at 0 again, the monitor adds the number of epochs before it.
+            "seconds" (duration of the measurement), the three columns named above, and for each kernel
+            "<layer>/sigma_max", "<layer>/sigma_min" and "<layer>/penalty". With `gradient_data`
+            also "<layer>/gradient_norm". A second `fit` of the same model adds rows. If its epochs start at 0
+            again, the monitor adds the number of epochs before it.
         cost: A sentence: the number of measurements and their share of the training time.
 
     Raises:
@@ -69,8 +87,10 @@ class SingularValueMonitor(keras.callbacks.Callback):
         >>> model.compile("sgd", "mse")
         >>> monitor = SingularValueMonitor(include="conv")
         >>> history = model.fit(np.ones((8, 8, 8, 1)), np.ones(8), epochs=2, verbose=0, callbacks=[monitor])
-        >>> len(history.history["conv/sigma_max"]), monitor.history["epoch"].tolist()
-        (2, [0.0, 1.0, 2.0])
+        >>> list(history.history), monitor.history["epoch"].tolist()
+        (['loss', 'sigma_max', 'sigma_min', 'penalty'], [0.0, 1.0, 2.0])
+        >>> print(monitor.history["conv/sigma_max"].shape)
+        (3,)
         >>> figure = monitor.plot()
     """
 
@@ -81,48 +101,48 @@ class SingularValueMonitor(keras.callbacks.Callback):
         unit: str = "epoch",
         include: Selection | None = None,
         exclude: Selection | None = None,
-        alpha: float = 1.0,
+        alpha: float | None = None,
         accuracy: float = 1e-4,
         sigma_min: bool = True,
         max_seconds: float = 60.0,
         max_iterations: int = 1000,
         gradient_data: tuple[Any, Any] | None = None,
-        input_size: Size | None = None,
+        input_size: InputSize | None = None,
+        per_kernel: bool = False,
     ) -> None:
         super().__init__()
         self.every = check_integer("every", every)
         self.unit = check_choice("unit", unit, ("epoch", "batch"))
         self.include = check_selection("include", include)
         self.exclude = check_selection("exclude", exclude)
-        self.alpha = check_number("alpha", alpha, exclusive=True)
+        self.alpha = None if alpha is None else check_number("alpha", alpha, exclusive=True)
         self.accuracy = check_accuracy(accuracy)
         self.sigma_min = check_flag("sigma_min", sigma_min)
         self.max_seconds = check_number("max_seconds", max_seconds)
         self.max_iterations = check_integer("max_iterations", max_iterations)
         self.gradient_data = _check_batch(gradient_data)
         self.input_size = input_size
+        self.per_kernel = check_flag("per_kernel", per_kernel)
         self._watch(None)
 
     def _watch(self, model: keras.Model | None) -> None:
         """Forgets what was recorded, for another model."""
         self._watched = model
         self._clock = TrainingClock()
-        self._kernels: list[LayerKernel] = []
+        self._targets: list[Target] = []
         self._measurements: list[_Measurement] = []
-        self._latest: dict[str, KernelSpectrum] = {}  # by kernel, the oldest first
+        self._latest: dict[str, _Found] = {}  # by kernel, the oldest first
+        self._alphas: dict[str, float] = {}
+        self._warned_of_geometry = self._warned_of_share = False
 
     @property
     def history(self) -> dict[str, np.ndarray]:
         """The recorded columns."""
         if not self._measurements:
             return {}
-        columns = {
-            "epoch": [measurement.epoch for measurement in self._measurements],
-            "seconds": [measurement.seconds for measurement in self._measurements],
-        }
-        for name in self._measurements[0].values:
-            columns[name] = [measurement.values[name] for measurement in self._measurements]
-        return {name: np.array(column) for name, column in columns.items()}
+        rows = [{"epoch": row.epoch, "seconds": row.seconds, **row.values} for row in self._measurements]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
 
     @property
     def cost(self) -> str:
@@ -134,8 +154,12 @@ class SingularValueMonitor(keras.callbacks.Callback):
         return f"{len(self._measurements)} measurements, {seconds:.1f} s, {share:.1%} of the training's time"
 
     def plot(self) -> Figure:
-        """Draws σmax and σmin of each kernel against the epoch. Returns a Matplotlib figure."""
-        return plot_training(self.history, self.alpha)
+        """Draws σmax and σmin of each kernel against the epoch, with √α of each kernel.
+
+        Returns:
+            A Matplotlib figure.
+        """
+        return plot_training(self.history, self._alphas)
 
     def plot_gradients(self) -> Figure:
         """Draws the norm of the gradient by depth, with one line per measurement.
@@ -155,7 +179,10 @@ class SingularValueMonitor(keras.callbacks.Callback):
         kernels = select_kernels(self.model, self.include, self.exclude, self.input_size).kernels
         if self._watched is not self.model:
             self._watch(self.model)
-        self._kernels = kernels
+        self._targets = [target_of(kernel, self.alpha) for kernel in kernels]
+        self._alphas |= {target.kernel.name: target.alpha for target in self._targets}
+        if not self._warned_of_geometry:
+            self._warned_of_geometry = warn_of_geometry(self._targets)
         self._clock.start_fit()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -170,60 +197,95 @@ class SingularValueMonitor(keras.callbacks.Callback):
         # Keras calls this once for the batches that it executes together.
         self._clock.count_batches(getattr(self.model, "steps_per_execution", 1), self.params.get("steps"))
         if self.unit == "batch" and self._clock.batches // self.every > before // self.every:
-            _log(logs, self._measure().values)
+            self._log(logs, self._measure().values)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures after every so many epochs."""
         self._clock.end_epoch()
         if self.unit == "batch":
-            _log(logs, self._measurements[-1].values)
+            self._log(logs, self._measurements[-1].values)
         elif int(self._clock.epochs) % self.every == 0:
-            _log(logs, self._measure().values)
+            self._log(logs, self._measure().values)
         else:
-            _log(logs, dict.fromkeys(self._measurements[-1].values, math.nan))
+            self._log(logs, dict.fromkeys(self._measurements[-1].values, math.nan))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Stops the clock."""
         self._clock.end_fit()
 
+    def _log(self, logs: dict[str, Any] | None, values: dict[str, float]) -> None:
+        if logs is not None:
+            logs.update(
+                {name: value for name, value in values.items() if self.per_kernel or name in OF_THE_MODEL}
+            )
+
     def _measure(self) -> "_Measurement":
         """Adds a row to the history and returns it."""
         start = time.perf_counter()
-        values = {column: math.nan for kernel in self._kernels for column in _columns(kernel.name)}
         oldest_first = {name: position for position, name in enumerate(self._latest)}
-        for kernel in sorted(self._kernels, key=lambda kernel: oldest_first.get(kernel.name, -1)):
+        measured: dict[str, _Found] = {}
+        for target in sorted(self._targets, key=lambda target: oldest_first.get(target.kernel.name, -1)):
             if time.perf_counter() - start > self.max_seconds:
                 break
-            values |= self._measure_kernel(kernel)
+            measured[target.kernel.name] = self._measure_kernel(target)
+        names = [target.kernel.name for target in self._targets]
+        latest = [self._latest[name] for name in names if name in self._latest] if measured else []
+        values = dict(zip(OF_THE_MODEL, _of_the_model(latest), strict=True))
+        for name in names:
+            values |= measured.get(name, NOT_FOUND).columns(name)
         if self.gradient_data is not None:
             values |= self._gradient_norms(*self.gradient_data)
         measurement = _Measurement(self._clock.epochs, time.perf_counter() - start, values)
         self._measurements.append(measurement)
+        self._warn_of_cost()
         return measurement
 
-    def _measure_kernel(self, kernel: LayerKernel) -> dict[str, float]:
-        found = report_kernel(
+    def _measure_kernel(self, target: Target) -> "_Found":
+        kernel = target.kernel
+        before = self._latest.pop(kernel.name, NOT_FOUND)
+        row = report_kernel(
             kernel.name,
             kernel.value,
             kernel.conv,
-            self.alpha,
+            target.alpha,
             accuracy=self.accuracy,
             max_iterations=self.max_iterations,
             sigma_min=self.sigma_min,
-            start=self._latest.pop(kernel.name, None),
+            start=before.row,
         )
+        found = NOT_FOUND._replace(row=row)
+        penalty = row.penalty_per_column if target.reduction == "mean" else row.penalty
+        if row.extremes is not None and penalty is not None:
+            found = _Found(row.extremes.sigma_max, row.extremes.sigma_min, penalty, row)
         self._latest[kernel.name] = found
-        if found.extremes is None or found.penalty is None:
-            return {}
-        numbers = (found.extremes.sigma_max, found.extremes.sigma_min, found.penalty)
-        return dict(zip(_columns(kernel.name), numbers, strict=True))
+        return found
+
+    def _warn_of_cost(self) -> None:
+        """Warns if the first measurement was long, and once if the later ones have a large share."""
+        first, *later = (measurement.seconds for measurement in self._measurements)
+        training = self._clock.seconds - first
+        if not later and first > LONG_MEASUREMENT:
+            cost = f"The first measurement took {first:.0f} s"
+        elif (
+            later and training > SETTLED and sum(later) > LARGE_SHARE * training and not self._warned_of_share
+        ):
+            share, mean = sum(later) / training, sum(later) / len(later)
+            cost = f"{mean:.1f} s per measurement are {share:.0%} of the training's time"
+            self._warned_of_share = True
+        else:
+            return
+        count = len(self._targets)
+        warnings.warn(
+            f"SingularValueMonitor measures {count} kernel{'' if count == 1 else 's'}. {cost}. "
+            "A larger every, include=, sigma_min=False or a smaller max_seconds saves time.",
+            stacklevel=2,
+        )
 
     def _gradient_norms(self, x: Any, y: Any) -> dict[str, float]:
-        norms = {f"{kernel.name}/gradient_norm": math.nan for kernel in self._kernels}
+        kernels = [target.kernel for target in self._targets]
+        norms = {f"{kernel.name}/gradient_norm": math.nan for kernel in kernels}
         # A kernel with LoRA is a sum. It has no variable to differentiate by.
-        variables = {
-            kernel.name: kernel.variable.value for kernel in self._kernels if kernel.variable is not None
-        }
+        variables = {kernel.name: kernel.variable.value for kernel in kernels if kernel.variable is not None}
         with tf.GradientTape() as tape:
             tape.watch(list(variables.values()))  # frozen variables too
             try:
@@ -248,14 +310,35 @@ class _Measurement(NamedTuple):
     values: dict[str, float]
 
 
-def _columns(name: str) -> tuple[str, str, str]:
-    """Returns the names in `logs` of what is measured of a kernel."""
-    return f"{name}/sigma_max", f"{name}/sigma_min", f"{name}/penalty"
+class _Found(NamedTuple):
+    """What one measurement found of a kernel."""
+
+    sigma_max: float
+    sigma_min: float
+    penalty: float
+    row: KernelSpectrum | None  # where the next search starts
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Returns the numbers by their names in the history."""
+        return {f"{name}/{column}": value for column, value in zip(OF_THE_MODEL, self[:3], strict=True)}
 
 
-def _log(logs: dict[str, Any] | None, values: dict[str, float]) -> None:
-    if logs is not None:
-        logs.update(values)
+OF_THE_MODEL = _Found._fields[:3]
+NOT_FOUND = _Found(math.nan, math.nan, math.nan, None)
+
+
+def _of_the_model(found: Sequence[_Found]) -> tuple[float, float, float]:
+    """Returns the largest σmax, the smallest σmin and the sum of the penalties, without what is NaN."""
+
+    def known(values: Iterable[float]) -> list[float]:
+        return [value for value in values if not math.isnan(value)]
+
+    penalties = known(one.penalty for one in found)
+    return (
+        max(known(one.sigma_max for one in found), default=math.nan),
+        min(known(one.sigma_min for one in found), default=math.nan),
+        sum(penalties) if penalties else math.nan,
+    )
 
 
 def _check_batch(data: Any) -> tuple[Any, Any] | None:
@@ -274,80 +357,3 @@ def _check_batch(data: Any) -> tuple[Any, Any] | None:
             f"{' and '.join(map(str, sorted(counts))) or 'numbers'} of them"
         )
     return x, y
-
-
-class FactorSchedule(keras.callbacks.Callback):
-    """Multiplies the factor of every penalty of a model by a number that changes during training.
-
-    A change takes effect at once, also in compiled functions and under XLA. For that the regularizers keep
-    the multiplier, their `scale`, in a variable from then on. `factor` itself does not change. Keras saves
-    both with the model. The penalties are `FrobeniusRegularizer`, `SpectralRegularizer` and
-    `ReshapedRegularizer`.
-
-    Args:
-        schedule: A function of the epoch or step that returns the multiplier, at least 0. A Keras
-            `LearningRateSchedule` is such a function: `PolynomialDecay(0.0, 5, 1.0)` warms up during five
-            epochs.
-        unit: Argument of the function: "epoch", or "step" for the number of optimizer steps so far.
-
-    Raises:
-        ValueError: If `unit` is invalid. During training: if the model has no such penalty, or the schedule
-            returns a negative or infinite number.
-        TypeError: If `schedule` is not a function.
-
-    Example:
-        >>> from tf_frobreg import FrobeniusRegularizer
-        >>> penalty = FrobeniusRegularizer(input_size=8, factor=0.1)
-        >>> conv = keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=penalty)
-        >>> model = keras.Sequential([keras.Input((8, 8, 1)), conv])
-        >>> model.compile("sgd", "mse")
-        >>> warm_up = FactorSchedule(lambda epoch: min(1.0, (epoch + 1) / 4))
-        >>> x = np.ones((8, 8, 8, 1))
-        >>> _ = model.fit(x, np.ones((8, 8, 8, 4)), epochs=2, verbose=0, callbacks=[warm_up])
-        >>> penalty.factor, penalty.scale
-        (0.1, 0.5)
-    """
-
-    def __init__(self, schedule: Callable[[int], Any], *, unit: str = "epoch") -> None:
-        super().__init__()
-        if not callable(schedule):
-            raise TypeError(f"schedule must be a function. Received: schedule={schedule!r}")
-        self.schedule = schedule
-        self.unit = check_choice("unit", unit, ("epoch", "step"))
-        self._penalties: list[WeightedRegularizer] = []
-
-    def set_model(self, model: keras.Model) -> None:
-        """Finds the penalties. Keras builds its training function after this call."""
-        super().set_model(model)
-        self._penalties = _find_penalties(model)
-        if not self._penalties:
-            raise ValueError(
-                "FactorSchedule needs a model with a FrobeniusRegularizer, see attach_regularizers. "
-                f"Received: {model!r}"
-            )
-        with model.distribute_strategy.scope():
-            changed = [penalty.make_adjustable() for penalty in self._penalties]
-        if any(changed):  # a function traced earlier holds the old number
-            model.train_function = model.test_function = None
-
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets the multiplier of an epoch."""
-        if self.unit == "epoch":
-            self._apply(epoch)
-
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets the multiplier of a step."""
-        if self.unit == "step":
-            self._apply(int(self.model.optimizer.iterations.numpy()))
-
-    def _apply(self, number: int) -> None:
-        scale = check_number(f"schedule({number})", self.schedule(number))
-        for penalty in self._penalties:
-            penalty.scale = scale
-
-
-def _find_penalties(model: keras.Model) -> list[WeightedRegularizer]:
-    """Returns each penalty of the model once, also if several layers share it."""
-    attributes = (value for layer in flat_layers(model) for value in vars(layer).values())
-    parts = (part for value in attributes for part in regularizer_parts(value))
-    return list({id(part): part for part in parts if isinstance(part, WeightedRegularizer)}.values())

@@ -3,24 +3,26 @@
 import contextlib
 import dataclasses
 import reprlib
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.checks import check_integer
+from tf_frobreg.checks import did_you_mean
 from tf_frobreg.convolution.geometry import Convolution, Size
-
-CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-TRANSPOSED = (keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose)
-DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-SEPARABLE = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
-KNOWN = (*CONVOLUTIONS, *TRANSPOSED, *DEPTHWISE, *SEPARABLE, keras.layers.Dense)
-
-Shape = tuple[int | None, ...]
+from tf_frobreg.convolution.layer import (
+    KNOWN,
+    Shape,
+    image_sizes,
+    kernel_places,
+    recorded_shapes,
+    why_unsupported,
+)
+from tf_frobreg.keras.trace import InputSize, Trace, trace_model
 
 
 class LayerKernel(NamedTuple):
@@ -33,7 +35,10 @@ class LayerKernel(NamedTuple):
         attribute: Name of the layer's attribute that holds the kernel.
         regularizer: Name of the layer's attribute that holds the regularizer of the kernel.
         conv: How the layer applies the kernel.
-        other_sizes: Other image sizes that a shared layer is applied to, as far as they are known.
+        other_sizes: Other image sizes that a shared layer is applied to.
+        is_recorded: Whether the size is that of an earlier call, because no call of the model reaches the
+            layer.
+        shares: Name of an earlier kernel that is held in the same variable, or "".
     """
 
     name: str
@@ -42,18 +47,22 @@ class LayerKernel(NamedTuple):
     regularizer: str
     conv: Convolution
     other_sizes: tuple[Shape, ...] = ()
+    is_recorded: bool = False
+    shares: str = ""
 
     @property
     def variable(self) -> Any:
-        """The Keras variable that holds the kernel. None with LoRA.
+        """The Keras variable that holds the kernel. None if the layer computes the kernel.
 
-        With LoRA the kernel is the sum of a frozen variable and a product of two others.
+        With LoRA the kernel is the sum of a frozen variable and a product of two others. A subclass can
+        compute `kernel` from another weight, for example to standardize it.
         """
-        return None if getattr(self.layer, "lora_enabled", False) else getattr(self.layer, self.attribute)
+        kernel = getattr(self.layer, self.attribute)
+        return kernel if isinstance(kernel, keras.Variable) else None
 
     @property
     def value(self) -> np.ndarray:
-        """The kernel that the layer applies (with LoRA, the sum), in float32 or float64."""
+        """The kernel that the layer applies, in float32 or float64."""
         value = tf.convert_to_tensor(getattr(self.layer, self.attribute))
         return (value if value.dtype == tf.float64 else tf.cast(value, tf.float32)).numpy()
 
@@ -67,8 +76,12 @@ class LayerKernel(NamedTuple):
             The reason. If there is none, `variable` is a variable of an accepted dtype.
         """
         variable = self.variable
-        if variable is None:
+        if variable is None and getattr(self.layer, "lora_enabled", False):
             return "LoRA is enabled: its kernel is frozen"
+        if variable is None:
+            return f"its class, {type(self.layer).__name__}, computes the kernel from other weights"
+        if self.shares:
+            return f"it shares its kernel with {self.shares!r}"
         if dtypes is not None and variable.dtype not in dtypes:
             return f"its kernel is {variable.dtype}"
         return None
@@ -121,16 +134,17 @@ class ModelKernels(NamedTuple):
     layers: list[keras.layers.Layer]
 
 
-def read_kernels(model: Any, input_size: Size | None = None) -> ModelKernels:
+def read_kernels(model: Any, input_size: InputSize | None = None) -> ModelKernels:
     """Reads the layers of a built model or layer, including nested ones.
 
-    The image size of a layer is the one it was built for. For a layer that is shared between images of
-    different sizes this is the first size. The others are known for Functional models, and with `input_size`.
+    The image size of a layer is what it sees when this model is called on its own inputs. The call is
+    followed without data. For a layer that sees several sizes this is the first one. If no call reaches a
+    layer, the size is that of an earlier call or of its building, with a warning.
 
     Args:
         model: A Keras model or layer.
-        input_size: Size of the model's input images, if the model leaves it open. An int or one int per axis.
-            The model is then called once, on zeros.
+        input_size: Size of the model's input images, if the model leaves it open. An int or one int per axis,
+            or a dict of these by the name of an input or of a layer.
 
     Returns:
         The kernels and the other layers.
@@ -141,18 +155,19 @@ def read_kernels(model: Any, input_size: Size | None = None) -> ModelKernels:
     """
     check_model(model)
     if not model.built:
-        raise ValueError(
-            f"model must be built: call it once, or model.build(input_shape). Received: {model!r}"
-        )
+        raise ValueError(f"model must be built: call it once on a batch. Received: {model!r}")
     layers = flat_layers(model)
-    shapes = {} if input_size is None else _observed_shapes(model, layers, input_size)
     weights = [own_weights(layer) for layer in layers]
+    names = _names(layers, weights)
+    known = [layer for layer in layers if isinstance(layer, KNOWN)]
+    trace = trace_model(model, known, input_size)
+    sizes = _sizes_by_layer(input_size, trace.names, dict(zip(names, layers, strict=True)))
     kernels: list[LayerKernel] = []
     untreated: list[UntreatedLayer] = []
     others: Counter[str] = Counter()
-    for layer, name, own in zip(layers, _names(layers, weights), weights, strict=True):
+    for layer, name, own in zip(layers, names, weights, strict=True):
         if isinstance(layer, KNOWN):
-            found = _read_layer(layer, name, shapes.get(id(layer)) or _recorded_shapes(layer))
+            found = _read_layer(layer, name, trace, sizes.get(id(layer)))
             if isinstance(found, UntreatedLayer):
                 untreated.append(found)
             else:
@@ -162,97 +177,83 @@ def read_kernels(model: Any, input_size: Size | None = None) -> ModelKernels:
             untreated.append(UntreatedLayer(name, layer, reason))
         elif not _children(layer):
             others[type(layer).__name__] += 1
+    _warn_of_recorded_sizes(kernels, trace.problem)
     return ModelKernels(kernels, untreated, dict(others), layers)
 
 
 def check_model(model: Any) -> None:
     """Raises TypeError if `model` is not a Keras model or layer."""
     if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"model must be a Keras model or layer. Received: model={reprlib.repr(model)}")
+        is_legacy = type(model).__module__.partition(".")[0] == "tf_keras" or any(
+            base.__module__.startswith("tf_keras.") for base in type(model).__mro__
+        )
+        hint = " It is of Keras 2: unset TF_USE_LEGACY_KERAS, or import keras." if is_legacy else ""
+        raise TypeError(f"model must be a Keras model or layer. Received: model={reprlib.repr(model)}.{hint}")
 
 
 def _read_layer(
-    layer: keras.layers.Layer, name: str, shapes: Sequence[Shape]
+    layer: keras.layers.Layer, name: str, trace: Trace, given: Size | None
 ) -> list[LayerKernel] | UntreatedLayer:
-    """Returns the kernels of a convolution or Dense layer whose inputs have these shapes, or why not."""
-    if (reason := _unsupported(layer)) is not None:
+    """Returns the kernels of a convolution or Dense layer, or why it has none that can be treated."""
+    if (reason := why_unsupported(layer)) is not None:
         return UntreatedLayer(name, layer, reason)
-    sizes = _image_sizes(layer, shapes)
-    if not sizes:
+    seen = trace.shapes.get(id(layer))
+    sizes = image_sizes(layer, seen or recorded_shapes(layer))
+    size: Any = given if given is not None else next(iter(sizes), None)
+    if size is None:
         return UntreatedLayer(name, layer, "the shape of its input is not recorded")
-    if None in sizes[0]:
-        reason = f"its image size is unknown, {sizes[0]}: give input_size (--input-size)"
+    if np.ndim(size) and None in size:
+        reason = f"its image size is unknown, {size}: give input_size (--input-size)"
         return UntreatedLayer(name, layer, f"{reason}, or a model of fixed size", of_unknown_size=True)
     try:
-        kernels = _kernels(layer, name, sizes[0])
-    except ValueError as error:  # a geometry that the package does not have, for example padding="causal"
+        places = kernel_places(layer, size)
+    except (ValueError, TypeError, AttributeError) as error:  # for example an attribute that was replaced
         return UntreatedLayer(name, layer, str(error))
-    other_sizes = tuple(size for size in sizes[1:] if None not in size)
-    return [kernel._replace(other_sizes=other_sizes) for kernel in kernels]
+    other_sizes = tuple(other for other in sizes[1:] if None not in other) if given is None else ()
+    is_recorded = seen is None and given is None and sizes != [()]
+    return [
+        LayerKernel(
+            f"{name}/{place.part}" if place.part else name,
+            layer,
+            place.attribute,
+            place.regularizer,
+            place.conv,
+            other_sizes,
+            is_recorded,
+        )
+        for place in places
+    ]
 
 
-def _unsupported(layer: keras.layers.Layer) -> str | None:
-    """Returns why the kernel of a convolution or Dense layer does not determine its matrix, or None."""
-    if not layer.built:
-        return "it has not been built: the model has not called it"
-    base = next(known for known in KNOWN if isinstance(layer, known))
-    for method in ("call", "convolution_op"):
-        if getattr(type(layer), method, None) is not getattr(base, method, None):
-            return f"its class, {type(layer).__name__}, overrides {method}"
-    if getattr(layer, "quantization_mode", None) is not None:
-        return f"it is quantized ({layer.quantization_mode})"
-    if getattr(layer, "output_padding", None) is not None:
-        return f"output_padding={layer.output_padding} is not supported"
-    return None
+def _sizes_by_layer(
+    input_size: InputSize | None, inputs: Sequence[str], layers: Mapping[str, keras.layers.Layer]
+) -> dict[int, Size]:
+    """Returns the sizes that were given by name for layers, by the layer's id."""
+    sizes: dict[int, Size] = {}
+    if not isinstance(input_size, Mapping):
+        return sizes
+    for name, size in input_size.items():
+        if name in layers:
+            sizes[id(layers[name])] = size
+        elif name not in inputs:
+            known = (*inputs, *(key for key, layer in layers.items() if isinstance(layer, KNOWN)))
+            raise ValueError(
+                f"input_size must have names of inputs or layers ({', '.join(known)}). "
+                f"Received: input_size={reprlib.repr(input_size)}{did_you_mean(name, known)}"
+            )
+    return sizes
 
 
-def _kernels(layer: keras.layers.Layer, name: str, size: Sequence[int | None]) -> list[LayerKernel]:
-    """Returns the kernels of a layer, or raises ValueError if the package does not have its geometry."""
-    if isinstance(layer, keras.layers.Dense):
-        return [_kernel(layer, name, "kernel", "kernel_regularizer", ())]
-    own = {"strides": layer.strides, "dilation_rate": layer.dilation_rate, "padding": layer.padding}
-    if isinstance(layer, SEPARABLE):
-        own["kind"] = "depthwise"
-        first = _kernel(layer, f"{name}/depthwise", "depthwise_kernel", "depthwise_regularizer", size, **own)
-        between = first.conv.output_shape[:-1]
-        second = _kernel(layer, f"{name}/pointwise", "pointwise_kernel", "pointwise_regularizer", between)
-        return [first, second]
-    if isinstance(layer, DEPTHWISE):
-        return [_kernel(layer, name, "kernel", "depthwise_regularizer", size, kind="depthwise", **own)]
-    if isinstance(layer, TRANSPOSED):
-        return [_kernel(layer, name, "kernel", "kernel_regularizer", size, kind="transpose", **own)]
-    return [_kernel(layer, name, "kernel", "kernel_regularizer", size, groups=layer.groups, **own)]
-
-
-def _kernel(
-    layer: keras.layers.Layer, name: str, attribute: str, regularizer: str, size: Any, **geometry: Any
-) -> LayerKernel:
-    """Returns the kernel in that attribute of a layer, or raises ValueError as `_kernels`."""
-    conv = Convolution(tuple(getattr(layer, attribute).shape), size, **geometry)
-    return LayerKernel(name, layer, attribute, regularizer, conv)
-
-
-def _image_sizes(layer: keras.layers.Layer, shapes: Sequence[Shape]) -> list[Shape]:
-    """Returns the different image sizes in the shapes of a layer's inputs, in their order."""
-    if isinstance(layer, keras.layers.Dense):  # it is applied to the last axis alone
-        return [()]
-    axes = slice(2, None) if layer.data_format == "channels_first" else slice(1, -1)
-    return list(dict.fromkeys(shape[axes] for shape in shapes))
-
-
-def _recorded_shapes(layer: keras.layers.Layer) -> list[Shape]:
-    """Returns the shape that a layer was built for, then those of its calls in Functional models."""
-    built = _built_shape(layer)
-    shapes = [] if built is None else [built]
-    for node in getattr(layer, "_inbound_nodes", ()):  # Keras has no public list of a shared layer's calls
-        shapes += [tuple(tensor.shape) for tensor in node.input_tensors[:1]]
-    return shapes
-
-
-def _built_shape(layer: keras.layers.Layer) -> Shape | None:
-    """Returns the input shape that a layer was built for, if it is recorded and is one shape."""
-    shape = (layer.get_build_config() or {}).get("input_shape")
-    return tuple(shape) if isinstance(shape, Sequence) else None
+def _warn_of_recorded_sizes(kernels: Sequence[LayerKernel], problem: str | None) -> None:
+    """Warns if image sizes are those of earlier calls."""
+    names = [kernel.name for kernel in kernels if kernel.is_recorded]
+    if names:
+        cause = f"the model could not be followed ({problem})" if problem else "the model does not call them"
+        warnings.warn(
+            f"The image size of {', '.join(names)} is that of an earlier call, because {cause}. "
+            "input_size={name: size} sets it.",
+            stacklevel=4,
+        )
 
 
 def flat_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -294,93 +295,3 @@ def _names(layers: Sequence[keras.layers.Layer], weights: Sequence[Sequence[Any]
         if own:
             taken.add(name)
     return names
-
-
-def _check_open(model: keras.layers.Layer, input_size: Size) -> None:
-    """Raises ValueError if the model has a fixed input size, which `input_size` would not change."""
-    shapes = [spec.shape for spec in getattr(model, "inputs", None) or ()] or [_built_shape(model)]
-    if all(shape is not None and None not in shape[1:] for shape in shapes):
-        raise ValueError(
-            "input_size goes with a model that leaves the size of its images open; this one has inputs of "
-            f"shape {', '.join(map(str, shapes))}. Received: input_size={input_size!r}"
-        )
-
-
-def _observed_shapes(
-    model: keras.layers.Layer, layers: Iterable[keras.layers.Layer], input_size: Size
-) -> dict[int, list[Shape]]:
-    """Calls the model on zeros of that size. Returns the shapes that its layers see, by the layer's id."""
-    _check_open(model, input_size)
-    zeros = _zeros(model, input_size)
-    with _noted_shapes([layer for layer in layers if isinstance(layer, KNOWN)]) as shapes:
-        try:
-            model(zeros, training=False)
-        except (ValueError, tf.errors.OpError) as error:
-            cause = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"input_size must suit the model, which fails on such images ({cause}). "
-                f"Received: input_size={input_size!r}"
-            ) from None
-    return shapes
-
-
-@contextlib.contextmanager
-def _noted_shapes(layers: Sequence[keras.layers.Layer]) -> Iterator[dict[int, list[Shape]]]:
-    """Notes the shape of the first input at every call of the layers, by the layer's id.
-
-    Keras has no public hook that sees a layer's inputs. Its hooks (activity regularizers, masks) see outputs,
-    which leave the input size open if there are strides. So a function on each layer hides the method `call`
-    of its class until the context ends.
-
-    Yields:
-        The shapes, filled while the context lasts.
-    """
-    shapes: dict[int, list[Shape]] = {}
-
-    def noting(layer: keras.layers.Layer) -> Callable[..., Any]:
-        call = layer.call
-
-        def note_and_call(*arguments: Any, **options: Any) -> Any:
-            if arguments and hasattr(arguments[0], "shape"):
-                shapes.setdefault(id(layer), []).append(tuple(arguments[0].shape))
-            return call(*arguments, **options)
-
-        return note_and_call
-
-    for layer in layers:
-        vars(layer)["call"] = noting(layer)  # Keras would track what is set as an attribute
-    try:
-        yield shapes
-    finally:
-        for layer in layers:
-            del vars(layer)["call"]
-
-
-def _zeros(model: keras.layers.Layer, input_size: Size) -> Any:
-    """Returns zeros that the model can be called on. Axes that its input leaves open get `input_size`."""
-    if inputs := getattr(model, "inputs", None):
-        structure = inputs[0] if isinstance(model, keras.Sequential) else model.input
-        return tf.nest.map_structure(
-            lambda spec: tf.zeros(_filled(spec.shape, input_size), spec.dtype), structure
-        )
-    shape = _built_shape(model)
-    if shape is None:
-        raise ValueError(
-            "input_size needs a model whose input shape is known: call it once on an image instead. "
-            f"Received: {model!r}"
-        )
-    return tf.zeros(_filled(shape, input_size))
-
-
-def _filled(shape: Shape, input_size: Any) -> list[int]:
-    """Returns the shape of one input of that size, or raises an error if the number of axes differs."""
-    open_axes = [axis for axis, n in enumerate(shape) if n is None and axis > 0]
-    given = input_size if np.ndim(input_size) else [input_size] * len(open_axes)
-    sizes = [check_integer("input_size", n) for n in given]
-    if open_axes and len(sizes) != len(open_axes):
-        raise ValueError(
-            f"input_size must be an int or {len(open_axes)} ints for an input of shape {tuple(shape)}. "
-            f"Received: input_size={reprlib.repr(input_size)}"
-        )
-    by_axis = dict(zip(open_axes, sizes, strict=False))  # an input without open axes takes no size
-    return [1, *(by_axis[axis] if n is None else n for axis, n in enumerate(shape[1:], start=1))]

@@ -1,8 +1,9 @@
 """The Keras regularizers."""
 
+import reprlib
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import keras
 import tensorflow as tf
@@ -17,6 +18,7 @@ from tf_frobreg.penalties.two_norm import check_gram, power_iteration, start_vec
 
 __all__ = [
     "FrobeniusRegularizer",
+    "FunctionRegularizer",
     "ReshapedRegularizer",
     "SpectralRegularizer",
     "SumRegularizer",
@@ -42,6 +44,16 @@ class Replacement(keras.regularizers.Regularizer):
     detached: bool = False
 
 
+def check_constant(name: str, value: Any, *, exclusive: bool = False) -> float:
+    """Returns `value` as a plain float, or raises an error. A variable would keep only its value of now."""
+    if isinstance(value, (keras.Variable, tf.Variable)):
+        raise TypeError(
+            f"{name} must be a number, not a variable, because its value would be frozen. FactorSchedule "
+            f"changes the weight of a penalty during training. Received: {name}={reprlib.repr(value)}"
+        )
+    return check_number(name, value, exclusive=exclusive)
+
+
 class WeightedRegularizer(Replacement):
     """A penalty times `factor` times `scale`, a number that `FactorSchedule` changes. Internal.
 
@@ -51,8 +63,8 @@ class WeightedRegularizer(Replacement):
     """
 
     def __init__(self, factor: float, scale: float) -> None:
-        self.factor = check_number("factor", factor)
-        self._scale: Any = check_number("scale", scale)
+        self.factor = check_constant("factor", factor)
+        self._scale: Any = check_constant("scale", scale)
 
     @property
     def scale(self) -> float:
@@ -96,7 +108,7 @@ class WeightedRegularizer(Replacement):
 
 @keras.saving.register_keras_serializable(package="tf_frobreg")
 class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
-    """Penalises a kernel by `factor`·R_α(K), with R_α(K) = ‖MᵀM − αI‖²_F.
+    """Penalises a kernel by `factor`·R_α(K) per column of M, with R_α(K) = ‖MᵀM − αI‖²_F.
 
     M is the transformation matrix of equations (2.1) and (3.1), the linear map that the layer applies to an
     image. The penalty draws the singular values of M towards √α.
@@ -120,8 +132,8 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
         dilation_rate: As given to the layer.
         groups: As given to the layer.
         kind: "conv", "depthwise" or "transpose", by the type of the layer.
-        reduction: "sum" for R_α itself, in units of σ⁴. "mean" divides it by the number of columns of M, so
-            that one factor suits layers of any size.
+        reduction: "mean" divides R_α by the number of columns of M, so that one factor suits layers of any
+            size. "sum" is R_α itself, in units of σ⁴.
         method: "closed_form" costs the same for every image size. "sparse" forms M. Both are exact.
         scale: Multiplier of `factor` that `FactorSchedule` changes. It is saved with the model.
 
@@ -132,7 +144,7 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
 
     Example:
         >>> layer = keras.layers.Conv2D(
-        ...     8, 3, padding="same", kernel_regularizer=FrobeniusRegularizer(input_size=28, factor=1e-4))
+        ...     8, 3, padding="same", kernel_regularizer=FrobeniusRegularizer(input_size=28))
         >>> _ = layer(tf.zeros((1, 28, 28, 1)))
         >>> print(len(layer.losses), layer.losses[0] > 0)
         1 tf.Tensor(True, shape=(), dtype=bool)
@@ -141,7 +153,7 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
     def __init__(
         self,
         input_size: Size,
-        factor: float = 1e-4,
+        factor: float = 0.01,
         alpha: float = 1.0,
         *,
         strides: Size = 1,
@@ -149,12 +161,12 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
         dilation_rate: Size = 1,
         groups: int = 1,
         kind: str = "conv",
-        reduction: str = "sum",
+        reduction: str = "mean",
         method: str = "closed_form",
         scale: float = 1.0,
     ) -> None:
         super().__init__(factor, scale)
-        self.alpha = check_number("alpha", alpha, exclusive=True)
+        self.alpha = check_constant("alpha", alpha, exclusive=True)
         self.reduction = check_choice("reduction", reduction, REDUCTIONS)
         self.method = check_choice("method", method, METHODS)
         geometry = Geometry(
@@ -219,7 +231,7 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
     def __init__(
         self,
         input_size: Size,
-        factor: float = 1e-4,
+        factor: float = 0.01,
         alpha: float = 1.0,
         *,
         gram: str = "columns",
@@ -228,7 +240,7 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
         **geometry: Unpack[Geometry],
     ) -> None:
         super().__init__(factor, scale)
-        self.alpha = check_number("alpha", alpha, exclusive=True)
+        self.alpha = check_constant("alpha", alpha, exclusive=True)
         self.gram = check_gram(gram)
         self.power_steps = check_integer("power_steps", power_steps)
         self.take_geometry(input_size, geometry)
@@ -299,9 +311,9 @@ class ReshapedRegularizer(WeightedRegularizer):
         tf.Tensor(True, shape=(), dtype=bool)
     """
 
-    def __init__(self, factor: float = 1e-4, alpha: float = 1.0, *, scale: float = 1.0) -> None:
+    def __init__(self, factor: float = 0.01, alpha: float = 1.0, *, scale: float = 1.0) -> None:
         super().__init__(factor, scale)
-        self.alpha = check_number("alpha", alpha, exclusive=True)
+        self.alpha = check_constant("alpha", alpha, exclusive=True)
 
     def __call__(self, x: Any) -> tf.Tensor:
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
@@ -311,6 +323,97 @@ class ReshapedRegularizer(WeightedRegularizer):
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
         return super().get_config() | {"alpha": self.alpha}
+
+
+@keras.saving.register_keras_serializable(package="tf_frobreg")
+class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
+    """Penalises a kernel by `factor` times a function of the kernel and the layer's geometry.
+
+    The function is called as `function(kernel, convolution)`. `kernel` is a tensor of float32 or float64.
+    `convolution` is the layer's `Convolution`: the shapes of M, and `**convolution.geometry` for the functions
+    of this package. The result must be a scalar that TensorFlow can differentiate in the kernel.
+
+    Keras saves the name of the function. A function with `@keras.saving.register_keras_serializable()` is
+    found again on loading. For any other one give `load_model` its `custom_objects`.
+
+    Args:
+        function: The function.
+        input_size: Spatial size of the layer's input, an int or one int per axis. () for `Dense`.
+        factor: Weight of the penalty, at least 0.
+        scale: Multiplier of `factor` that `FactorSchedule` changes. It is saved with the model.
+        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind` of the layer, as for
+            `tf_frobreg.Convolution`.
+
+    Raises:
+        ValueError: If an argument is invalid. When the penalty is computed: if an argument does not fit the
+            kernel, or the result of the function is not a scalar.
+        TypeError: If an argument has the wrong type.
+
+    Example:
+        The mean of σ², which is ‖M‖²_F per column of M:
+
+        >>> from tf_frobreg import transformation_matrix
+        >>> @keras.saving.register_keras_serializable(package="example")
+        ... def mean_square(kernel, convolution):
+        ...     matrix = transformation_matrix(kernel, convolution.input_size, **convolution.geometry)
+        ...     return tf.reduce_sum(matrix.values**2) / convolution.shape[1]
+        >>> regularizer = FunctionRegularizer(mean_square, input_size=8, factor=0.5)
+        >>> layer = keras.layers.Conv2D(
+        ...     1, 1, kernel_initializer=keras.initializers.Constant(2.0), kernel_regularizer=regularizer)
+        >>> _ = layer(tf.zeros((1, 8, 8, 1)))
+        >>> print(layer.losses[0].numpy())
+        2.0
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any, Convolution], Any],
+        input_size: Size,
+        factor: float = 0.01,
+        *,
+        scale: float = 1.0,
+        **geometry: Unpack[Geometry],
+    ) -> None:
+        super().__init__(factor, scale)
+        self.function = check_function("function", function)
+        self.take_geometry(input_size, geometry)
+
+    def __call__(self, x: Any) -> tf.Tensor:
+        """Returns the penalty of the kernel `x`, a scalar of its dtype."""
+        kernel = as_kernel(x, check_finite=False)
+        result = self.function(kernel, self.convolution(kernel.shape))
+        try:
+            value = tf.cast(result, kernel.dtype)
+        except (TypeError, ValueError):
+            value = None
+        if value is None or value.shape.rank != 0:
+            found = reprlib.repr(result) if value is None else f"a tensor of shape {value.shape}"
+            raise ValueError(f"function {function_name(self.function)} must return a scalar. Received: {found}")
+        return self.weight(value.dtype) * value
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments as plain values."""
+        function = keras.saving.serialize_keras_object(self.function)
+        return {**super().get_config(), "function": function, **self.geometry_config()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Returns the regularizer of a configuration. Keras looks up the function."""
+        return cls(**config | {"function": keras.saving.deserialize_keras_object(config["function"])})
+
+
+def check_function(name: str, function: Any) -> Callable[[Any, Convolution], Any]:
+    """Returns a function of kernel and convolution, or raises an error that names the argument."""
+    if not callable(function) or isinstance(function, (type, keras.regularizers.Regularizer)):
+        raise TypeError(
+            f"{name} must be a function of (kernel, convolution). Received: {name}={reprlib.repr(function)}"
+        )
+    return function
+
+
+def function_name(function: Any) -> str:
+    """Returns the name of a function, or of the type of another callable."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 @keras.saving.register_keras_serializable(package="tf_frobreg")

@@ -1,6 +1,5 @@
 """How the results on whole models are printed: one line per kernel."""
 
-import math
 from collections.abc import Mapping
 
 
@@ -9,8 +8,3 @@ def aligned_lines(done: Mapping[str, str], left_out: Mapping[str, str]) -> str:
     lines = {**done, **{name: f"- {reason}" for name, reason in left_out.items()}}
     width = max(map(len, lines), default=0)
     return "\n".join(f"{name:{width}}  {text}" for name, text in lines.items())
-
-
-def percent(share: float) -> str:
-    """Returns a share that can be infinite as text."""
-    return "∞" if math.isinf(share) else f"{share:.0%}"

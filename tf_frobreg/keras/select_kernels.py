@@ -2,13 +2,14 @@
 
 import fnmatch
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 
-from tf_frobreg.convolution.geometry import Size
+from tf_frobreg.checks import did_you_mean
 from tf_frobreg.keras.read_layers import LayerKernel, read_kernels
+from tf_frobreg.keras.trace import InputSize
 
 Selection = str | type | Callable | Sequence
 
@@ -33,7 +34,7 @@ class Candidate(NamedTuple):
 
 
 def select_kernels(
-    model: Any, include: Selection | None, exclude: Selection | None, input_size: Size | None
+    model: Any, include: Selection | None, exclude: Selection | None, input_size: InputSize | None
 ) -> SelectedKernels:
     """Returns the kernels of a model that `include` matches and `exclude` does not match.
 
@@ -44,7 +45,8 @@ def select_kernels(
         input_size: Size of the model's input images, if the model leaves it open.
 
     Returns:
-        The selected kernels, and why the others were left out.
+        The selected kernels, and why the others were left out. A kernel that is
+        held in the variable of an earlier one has its name as `shares`.
 
     Raises:
         ValueError: If a name, a layer or a class matches nothing, or the image size of a selected layer is
@@ -64,7 +66,7 @@ def select_kernels(
             left_out[candidate.name] = "not included"
         elif matches_any(excluded or (), candidate):
             left_out[candidate.name] = "excluded"
-    kernels = [kernel for kernel in found.kernels if kernel.name not in left_out]
+    kernels = _with_shared(kernel for kernel in found.kernels if kernel.name not in left_out)
     for untreated in found.untreated:
         if untreated.name in left_out:
             continue
@@ -75,6 +77,17 @@ def select_kernels(
             )
         left_out[untreated.name] = untreated.reason
     return SelectedKernels(kernels, left_out)
+
+
+def _with_shared(kernels: Iterable[LayerKernel]) -> list[LayerKernel]:
+    """Notes which kernels are held in the variable of an earlier one."""
+    owners: dict[int, str] = {}
+    noted = []
+    for kernel in kernels:
+        variable = kernel.variable
+        owner = kernel.name if variable is None else owners.setdefault(id(variable), kernel.name)
+        noted.append(kernel if owner == kernel.name else kernel._replace(shares=owner))
+    return noted
 
 
 def check_selection(argument: str, selection: Selection | None) -> list[Any] | None:
@@ -110,9 +123,10 @@ def check_matches(
     for pattern in patterns:
         is_function = not isinstance(pattern, (str, type, keras.layers.Layer))
         if not is_function and not any(matches(pattern, candidate) for candidate in among):
-            names = ", ".join(candidate.name for candidate in candidates) or "none"
+            names = [candidate.name for candidate in candidates]
             raise ValueError(
-                f"{argument} must match a layer with a kernel ({names}). Received: {argument}={pattern!r}"
+                f"{argument} must match a layer with a kernel ({', '.join(names) or 'none'}). "
+                f"Received: {argument}={pattern!r}{did_you_mean(pattern, names)}"
             )
 
 

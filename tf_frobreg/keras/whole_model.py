@@ -11,28 +11,41 @@ import numpy as np
 
 from tf_frobreg.checks import check_flag, check_number
 from tf_frobreg.convolution.geometry import Size
-from tf_frobreg.descent.algorithm_3_1 import DescentResult, regularize_kernel
-from tf_frobreg.keras.read_layers import LayerKernel, read_kernels
-from tf_frobreg.keras.regularizers import FrobeniusRegularizer, regularizer_parts
-from tf_frobreg.keras.reports import aligned_lines, percent
+from tf_frobreg.descent.algorithm_3_1 import DescentResult, StopReason, regularize_kernel
+from tf_frobreg.keras.own_penalty import target_of
+from tf_frobreg.keras.read_layers import read_kernels
 from tf_frobreg.keras.select_kernels import Selection, select_kernels
-from tf_frobreg.spectrum.kernel_report import KernelSpectrum, report_kernel
+from tf_frobreg.spectrum.kernel_report import KernelSpectrum, ModelSpectrum, report_kernel
+from tf_frobreg.tables import (
+    UNKNOWN,
+    Row,
+    count,
+    digits,
+    html_report,
+    known_columns,
+    names_by_reason,
+    percent,
+    text_report,
+)
 
 __all__ = ["ModelDescent", "model_spectrum", "regularize_model"]
 
 NOT_REACHED = "the callback stopped before it"
+LEFT_COLUMNS = ("kernel", "result")
+# Columns that a narrow terminal lacks, the first one first.
+OPTIONAL_COLUMNS = ("R before", "R after", "escapes", "α", "steps")
 
 
 def model_spectrum(
     model: keras.layers.Layer,
     *,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     accuracy: float = 1e-4,
     input_size: Size | None = None,
     sigma_min: bool = True,
     max_iterations: int = 1000,
     start: Sequence[KernelSpectrum] | None = None,
-) -> list[KernelSpectrum]:
+) -> ModelSpectrum:
     """Returns σmax, σmin and the penalty R_α = ‖MᵀM − αI‖²_F of each kernel of a model.
 
     M is the transformation matrix of equations (2.1) and (3.1), without bias and activation. The M of a
@@ -42,7 +55,8 @@ def model_spectrum(
 
     Args:
         model: A built Keras model or layer. Nested models and layers are measured too.
-        alpha: α of R_α, the target of σ². Positive.
+        alpha: α of R_α, the target of σ². Positive. None takes α of each kernel's own Frobenius penalty, and
+            1 for kernels without one.
         accuracy: Below 1. The error estimate of σmax to reach, relative to σmax.
         input_size: Size of the input images, an int or one int per axis, if the model leaves it open. The
             model is then called once, on zeros.
@@ -53,8 +67,9 @@ def model_spectrum(
             a training.
 
     Returns:
-        One `KernelSpectrum` per kernel, in the order of the layers. Then one with a reason for each layer
-        that has a matrix but cannot be measured. A row has the name of the layer, or its path if the name is
+        A `ModelSpectrum`, a list that prints as a table. It holds one `KernelSpectrum` per kernel, in the
+        order of the layers. Then one with a reason for each layer that has a matrix but cannot be measured. A
+        row has the name of the layer, or its path if the name is
         not unique. The two kernels of a separable convolution are "<layer>/depthwise" and
         "<layer>/pointwise".
 
@@ -73,7 +88,8 @@ def model_spectrum(
         sum 8.29 0.00
         output 1.00 1.00
     """
-    alpha = check_number("alpha", alpha, exclusive=True)
+    if alpha is not None:
+        alpha = check_number("alpha", alpha, exclusive=True)
     sigma_min = check_flag("sigma_min", sigma_min)
     before = {row.name: row for row in _check_start(start)}
     found = read_kernels(model, input_size)
@@ -82,7 +98,7 @@ def model_spectrum(
             kernel.name,
             kernel.value,
             kernel.conv,
-            alpha,
+            target_of(kernel, alpha).alpha,
             accuracy=accuracy,
             max_iterations=max_iterations,
             sigma_min=sigma_min,
@@ -90,7 +106,8 @@ def model_spectrum(
         )
         for kernel in found.kernels
     ]
-    return rows + [KernelSpectrum(layer.name, layer.reason) for layer in found.untreated]
+    rows += [KernelSpectrum(layer.name, layer.reason) for layer in found.untreated]
+    return ModelSpectrum(rows)
 
 
 def _check_start(start: Any) -> Sequence[KernelSpectrum]:
@@ -101,9 +118,9 @@ def _check_start(start: Any) -> Sequence[KernelSpectrum]:
     return rows
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ModelDescent:
-    """What `regularize_model` reached. `print(descent)` shows one line per kernel.
+    """What `regularize_model` reached. `print(descent)` shows a table with one row per kernel.
 
     Attributes:
         results: The `DescentResult` of each kernel, by the kernel's name.
@@ -116,12 +133,19 @@ class ModelDescent:
         >>> model = keras.Sequential([
         ...     keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3, padding="same", name="conv"),
         ...     keras.layers.Dense(2, name="top")])
-        >>> descent = regularize_model(model, exclude="top", max_steps=1, tolerance=0.5)
+        >>> descent = regularize_model(model, exclude="top")
         >>> print(descent)
-        conv  R ... → ..., σ ... … ..., 1 step, moved ...%, ...converged: ...
-        top   - excluded
-        >>> list(descent.results), descent.left_out
-        (['conv'], {'top': 'excluded'})
+        1 of 1 kernel converged, 1 left out
+        <BLANKLINE>
+        kernel  α  R before  R after    σmax    σmin  steps  escapes  moved  result
+        ─────────────────────...
+        conv    1  ...  converged
+        <BLANKLINE>
+        Left out: top: excluded
+        >>> descent
+        ModelDescent: 1 of 1 kernel converged, 1 left out
+        >>> [(record["layer"], record["reason"]) for record in descent.records()]
+        [('conv', 'converged: σmax and σmin are within the tolerance of √α'), ('top', 'left out: excluded')]
     """
 
     results: dict[str, DescentResult]
@@ -134,20 +158,92 @@ class ModelDescent:
         """Whether every descent reached a tolerance."""
         return all(result.converged for result in self.results.values())
 
+    def records(self) -> list[dict[str, Any]]:
+        """Returns flat plain values: `pandas.DataFrame(descent.records())` is a table.
+
+        Returns:
+            One dict per kernel: "layer", "alpha", "penalty_before", the values of `DescentResult.to_dict`,
+            and "change". Then one for each kernel and layer that was left out, with its reason. What is not
+            known is None.
+        """
+        records = [
+            {
+                "layer": name,
+                "alpha": self.alphas.get(name),
+                "penalty_before": _penalty_before(result),
+                **result.to_dict(),
+                "change": self.changes.get(name),
+            }
+            for name, result in self.results.items()
+        ]
+        columns = records[0] if records else {"layer": None, "reason": None}
+        for name, reason in self.left_out.items():
+            records.append({**dict.fromkeys(columns), "layer": name, "reason": f"left out: {reason}"})
+        return records
+
+    def __repr__(self) -> str:
+        return f"ModelDescent: {descent_summary(self)}"
+
     def __str__(self) -> str:
-        lines = {name: _describe(result, self.changes.get(name)) for name, result in self.results.items()}
-        return aligned_lines(lines, self.left_out)
+        hint = " records() holds all columns."
+        return text_report(*self._parts(), left=LEFT_COLUMNS, optional=OPTIONAL_COLUMNS, hint=hint)
+
+    def _repr_html_(self) -> str:
+        return html_report(*self._parts(), left=LEFT_COLUMNS)
+
+    def _parts(self) -> tuple[str, list[Row], list[str]]:
+        return descent_summary(self), descent_rows(self), descent_remarks(self)
 
 
-def _describe(result: DescentResult, change: float | None) -> str:
-    """Returns a descent in one line."""
-    before, after = result.history["penalty"][0], result.penalty
-    high, low = (result.history[end][result.num_steps] for end in ("sigma_max", "sigma_min"))
-    moved = "" if change is None else f"moved {percent(change)}, "
-    return (
-        f"R {before:.4g} → {after:.4g}, σ {low:.4g} … {high:.4g}, "
-        f"{result.num_steps} step{'' if result.num_steps == 1 else 's'}, {moved}{result.reason.value}"
-    )
+def descent_summary(descent: ModelDescent) -> str:
+    """Returns the first line of a report."""
+    converged = sum(result.converged for result in descent.results.values())
+    line = f"{converged} of {count(len(descent.results), 'kernel')} converged"
+    return f"{line}, {len(descent.left_out)} left out" if descent.left_out else line
+
+
+def descent_rows(descent: ModelDescent) -> list[Row]:
+    """Returns the table of a report."""
+    rows = []
+    for name, result in descent.results.items():
+        values = result.to_dict()
+        alpha = descent.alphas.get(name)
+        rows.append(
+            {
+                "kernel": name,
+                "α": UNKNOWN if alpha is None else f"{alpha:g}",
+                "R before": digits(_penalty_before(result)),
+                "R after": digits(result.penalty),
+                "σmax": digits(values["sigma_max"], ".4f"),
+                "σmin": digits(values["sigma_min"], ".4f"),
+                "steps": str(result.num_steps),
+                "escapes": str(values["escapes"]),
+                "moved": percent(descent.changes.get(name)),
+                "result": _outcome(result.reason),
+            }
+        )
+    return known_columns(rows)
+
+
+def descent_remarks(descent: ModelDescent) -> list[str]:
+    """Returns lines on the results that are no success, and on what was left out."""
+    failed = dict.fromkeys(result.reason for result in descent.results.values() if not result.converged)
+    left_out = names_by_reason(descent.left_out)
+    return [
+        *(f"{_outcome(reason)}: {reason.value}" for reason in failed),
+        *(f"Left out: {names}: {reason}" for reason, names in left_out.items()),
+    ]
+
+
+def _outcome(reason: StopReason) -> str:
+    """Returns a reason in two words."""
+    return reason.name.lower().replace("_", " ")
+
+
+def _penalty_before(result: DescentResult) -> float | None:
+    """Returns R_α of the first kernel, or None if the result has no history."""
+    penalties = result.history.get("penalty")
+    return None if penalties is None or not len(penalties) else float(penalties[0])
 
 
 def regularize_model(
@@ -238,7 +334,7 @@ def regularize_model(
             left_out[kernel.name] = NOT_REACHED
             continue
         before = kernel.value
-        alpha_here = _alpha_of_penalty(kernel) if alpha is None else alpha
+        alpha_here = target_of(kernel, alpha).alpha
         result = regularize_kernel(
             before,
             kernel.conv.input_size,
@@ -266,12 +362,6 @@ def _change(before: np.ndarray, after: np.ndarray) -> float:
     """Returns ‖after − before‖_F / ‖before‖_F, ∞ for a kernel that was 0."""
     distance, size = float(np.linalg.norm(after - before)), float(np.linalg.norm(before))
     return distance / size if size else math.inf if distance else 0.0
-
-
-def _alpha_of_penalty(kernel: LayerKernel) -> float:
-    """Returns α of the kernel's Frobenius penalty, or 1 if it has none."""
-    parts = regularizer_parts(getattr(kernel.layer, kernel.regularizer))
-    return next((part.alpha for part in parts if isinstance(part, FrobeniusRegularizer)), 1.0)
 
 
 class _StopRequest:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_frobreg.checks import check_choice, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import as_kernel
+from tf_frobreg.convolution.kernel import convolution_of, kernel_and_convolution
 from tf_frobreg.penalties import explicit_form
 from tf_frobreg.penalties.closed_form import ClosedForm, closed_form
 
@@ -88,7 +88,7 @@ class FrobeniusPenalty:
 
 def frobenius_penalty(
     kernel: Any,
-    input_size: Size,
+    input_size: Size | None = None,
     *,
     alpha: float = 1.0,
     method: str = "closed_form",
@@ -101,8 +101,9 @@ def frobenius_penalty(
     `penalty_floor`.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         alpha: α, the target of σ². Positive.
         method: "closed_form" costs the same for every image size. "sparse" forms M and needs memory for it
             as a dense matrix. Both are exact.
@@ -131,14 +132,13 @@ def frobenius_penalty(
         >>> print(penalty_floor((3, 3, 3, 1), 20))
         800.0
     """
-    kernel = as_kernel(kernel)
-    conv = Convolution.of(kernel.shape, input_size, geometry)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
     return FrobeniusPenalty(conv, alpha, method).value(kernel)
 
 
 def frobenius_gradient(
     kernel: Any,
-    input_size: Size,
+    input_size: Size | None = None,
     *,
     alpha: float = 1.0,
     method: str = "closed_form",
@@ -151,8 +151,9 @@ def frobenius_gradient(
         ½ ∂R_α/∂k_pqzy = Σ_{(i,j)∈Ω} ( Σ_t (MᵀM − αI)_{jt} m_it + Σ_s (MᵀM − αI)_{sj} m_is )
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         alpha: α, the target of σ². Positive.
         method: "closed_form" costs the same for every image size. "sparse" forms M as a dense matrix.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
@@ -175,13 +176,16 @@ def frobenius_gradient(
         >>> frobenius_gradient(kernel, 20).numpy()[1, 1].round(9)
         array([[9600.]])
     """
-    kernel = as_kernel(kernel)
-    conv = Convolution.of(kernel.shape, input_size, geometry)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
     return FrobeniusPenalty(conv, alpha, method).excess_and_gradient(kernel)[1]
 
 
 def penalty_floor(
-    kernel_shape: Sequence[int], input_size: Size, *, alpha: float = 1.0, **geometry: Unpack[Geometry]
+    kernel_shape: Sequence[int] | Any,
+    input_size: Size | None = None,
+    *,
+    alpha: float = 1.0,
+    **geometry: Unpack[Geometry],
 ) -> float:
     """Returns a lower bound on R_α for every kernel of this shape: α²·(columns of M − bound on its rank).
 
@@ -194,8 +198,8 @@ def penalty_floor(
     or "circular" padding, and with strides above 1, kernels of several taps can attain it.
 
     Args:
-        kernel_shape: Shape of the kernel.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel_shape: Shape of the kernel, or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         alpha: α, the target of σ². Positive.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
@@ -219,11 +223,11 @@ def penalty_floor(
         >>> print(*(penalty_excess(kernel, (5, 4), padding=p).numpy().round(9) for p in ("valid", "same")))
         0.0 4.0
     """
-    return FrobeniusPenalty(Convolution.of(kernel_shape, input_size, geometry), alpha).floor
+    return FrobeniusPenalty(convolution_of(kernel_shape, input_size, geometry), alpha).floor
 
 
 def penalty_excess(
-    kernel: Any, input_size: Size, *, alpha: float = 1.0, **geometry: Unpack[Geometry]
+    kernel: Any, input_size: Size | None = None, *, alpha: float = 1.0, **geometry: Unpack[Geometry]
 ) -> tf.Tensor:
     """Returns R_α(K) − `penalty_floor`, the part of the penalty that depends on the kernel.
 
@@ -231,8 +235,9 @@ def penalty_excess(
     computes it directly. Subtracting the floor from R_α would lose digits.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         alpha: α, the target of σ². Positive.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
@@ -253,5 +258,5 @@ def penalty_excess(
         >>> print(frobenius_penalty(kernel, 20).numpy(), f"{penalty_excess(kernel, 20).numpy():.1e}")
         800.0 1.6e-07
     """
-    kernel = as_kernel(kernel)
-    return FrobeniusPenalty(Convolution.of(kernel.shape, input_size, geometry), alpha).excess(kernel)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
+    return FrobeniusPenalty(conv, alpha).excess(kernel)

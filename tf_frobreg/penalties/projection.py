@@ -8,13 +8,18 @@ import tensorflow as tf
 
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import as_kernel
+from tf_frobreg.convolution.kernel import kernel_and_convolution
 
 __all__ = ["clip_singular_values"]
 
 
 def clip_singular_values(
-    kernel: Any, input_size: Size, *, low: float = 0.0, high: float = 1.0, **geometry: Unpack[Geometry]
+    kernel: Any,
+    input_size: Size | None = None,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    **geometry: Unpack[Geometry],
 ) -> tf.Tensor:
     """Returns the kernel with the singular values of its border-free operator clipped to [low, high].
 
@@ -27,9 +32,10 @@ def clip_singular_values(
     the border of the real layer. Repeated calls come closer to the bounds.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
         input_size: Spatial size of the input image, an int or one int per axis. At least the size of the
-            dilated kernel.
+            dilated kernel. A layer may know its own.
         low: Lower bound of σ, at least 0. Sedghi, Gupta and Long have no lower bound, as with 0.
         high: Upper bound of σ, positive and at least `low`.
         **geometry: `dilation_rate`, `groups` and `kind`, as for `tf_frobreg.Convolution`. `strides` above 1
@@ -52,8 +58,8 @@ def clip_singular_values(
         7.91 1.36 1.2
     """
     low, high = check_interval(low, high)
-    kernel = as_kernel(kernel)
-    return clip(kernel, Convolution.of(kernel.shape, input_size, geometry), low, high)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
+    return clip(kernel, conv, low, high)
 
 
 def clip(kernel: tf.Tensor, conv: Convolution, low: float, high: float) -> tf.Tensor:

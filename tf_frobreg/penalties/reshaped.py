@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_frobreg.checks import check_number
-from tf_frobreg.convolution.kernel import as_kernel
+from tf_frobreg.convolution.kernel import kernel_of
 
 __all__ = ["reshaped_penalty"]
 
@@ -20,7 +20,8 @@ def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> tf.Tensor:
     those of the layer. If W is orthogonal, those of M can be anything from 0 to √(k·k).
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
         alpha: α, the target of the squared singular values of W. Positive.
 
     Returns:
@@ -41,7 +42,7 @@ def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> tf.Tensor:
         8.0 2.98
     """
     alpha = check_number("alpha", alpha, exclusive=True)
-    return evaluate_reshaped(as_kernel(kernel), alpha)
+    return evaluate_reshaped(kernel_of(kernel), alpha)
 
 
 def evaluate_reshaped(kernel: tf.Tensor, alpha: float) -> tf.Tensor:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tf_frobreg.checks import check_choice, check_integer, check_number
 from tf_frobreg.convolution.apply import apply, apply_adjoint
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import as_kernel
+from tf_frobreg.convolution.kernel import kernel_and_convolution
 
 __all__ = ["spectral_penalty"]
 
@@ -18,7 +18,7 @@ GRAMS = ("columns", "smaller")
 
 def spectral_penalty(
     kernel: Any,
-    input_size: Size,
+    input_size: Size | None = None,
     *,
     alpha: float = 1.0,
     gram: str = "columns",
@@ -37,8 +37,9 @@ def spectral_penalty(
     gradient is then zero if σmax² ≤ 2α. With gram="smaller" these σ do not count.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         alpha: α, the target of σ². Positive.
         gram: "columns" for MᵀM, as above. "smaller" for MMᵀ in its place if M has more columns than rows.
         power_steps: Number of products with the Gram matrix. With too few the value is too small. The error
@@ -69,8 +70,7 @@ def spectral_penalty(
     """
     alpha = check_number("alpha", alpha, exclusive=True)
     steps = check_integer("power_steps", power_steps)
-    kernel = as_kernel(kernel)
-    conv = Convolution.of(kernel.shape, input_size, geometry)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
     start = start_vector(conv, check_gram(gram), kernel.dtype)
     return _traced(conv, alpha, gram, steps)(kernel, start)[0]
 

@@ -9,7 +9,7 @@ import scipy.linalg
 
 from tf_frobreg.checks import check_memory, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import known_values
+from tf_frobreg.convolution.kernel import kernel_and_convolution
 from tf_frobreg.convolution.matrix import toeplitz_indices
 from tf_frobreg.spectrum.gram_matrix import gram_matrix
 
@@ -19,7 +19,7 @@ DECOMPOSED_ROWS = 300  # of the smaller Gram matrix, up to which decomposing M i
 
 
 def singular_values(
-    kernel: Any, input_size: Size, *, accuracy: float = 1e-8, **geometry: Unpack[Geometry]
+    kernel: Any, input_size: Size | None = None, *, accuracy: float = 1e-8, **geometry: Unpack[Geometry]
 ) -> np.ndarray:
     """Returns all singular values σ of M, in descending order.
 
@@ -38,8 +38,9 @@ def singular_values(
     pixels times channels. Use `extreme_singular_values` for larger layers.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         accuracy: Largest error of any σ, relative to σmax. At 1e-6 the Gram matrix is accurate enough up to
             4500 rows. At 1e-14 M itself is always decomposed.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
@@ -63,9 +64,8 @@ def singular_values(
         >>> print(singular_values(np.roll(kernel, 1, axis=1), (1, 4)))
         [1. 1. 1. 0.]
     """
-    kernel = known_values(kernel)
-    accuracy = check_number("accuracy", accuracy, exclusive=True)
-    return all_singular_values(kernel, Convolution.of(kernel.shape, input_size, geometry), accuracy)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, known=True)
+    return all_singular_values(kernel, conv, check_number("accuracy", accuracy, exclusive=True))
 
 
 def all_singular_values(kernel: np.ndarray, conv: Convolution, accuracy: float) -> np.ndarray:
@@ -128,7 +128,7 @@ def _by_decomposition(kernel: np.ndarray, conv: Convolution) -> np.ndarray:
     check_memory(
         24 * math.prod(group.shape),
         f"the singular values of M of shape {group.shape[0]} × {group.shape[1]} need a dense matrix",
-        "a larger accuracy or a smaller input_size",
+        "extreme_singular_values, a larger accuracy or a smaller input_size",
     )
     index = toeplitz_indices(group.kernel_shape, group.input_size, **group.geometry)
     found = []

@@ -9,7 +9,7 @@ import numpy as np
 
 from tf_frobreg.checks import check_accuracy, check_integer, check_memory, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import known_values
+from tf_frobreg.convolution.kernel import kernel_and_convolution
 from tf_frobreg.spectrum.all_values import (
     DECOMPOSED_ROWS,
     all_singular_values,
@@ -223,7 +223,7 @@ def _without_repetition(conv: Convolution) -> Convolution:
 
 def extreme_singular_values(
     kernel: Any,
-    input_size: Size,
+    input_size: Size | None = None,
     *,
     accuracy: float = 1e-4,
     start: ExtremeSingularValues | None = None,
@@ -245,8 +245,9 @@ def extreme_singular_values(
     vector has a small residual. The search then continues to a residual of a hundredth of their spread.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         accuracy: Below 1. The error estimate to reach is accuracy·σmax for σmax. For σmin it is
             √accuracy·σmax or, if σmin is larger than that, accuracy·σmax²/2σmin. A σmin below 1e-7·σmax is
             noise at any accuracy, unless all singular values are computed.
@@ -273,19 +274,19 @@ def extreme_singular_values(
         >>> print(f"{extreme_singular_values(1.01 * kernel, 20, start=extremes).sigma_max:.3f}")
         11.055
     """
-    kernel = known_values(kernel)
-    conv = Convolution.of(kernel.shape, input_size, geometry)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, known=True)
     return ExtremesFinder(conv, accuracy, max_iterations=max_iterations)(kernel, start)
 
 
 def spectral_norm(
-    kernel: Any, input_size: Size, *, accuracy: float = 1e-4, **geometry: Unpack[Geometry]
+    kernel: Any, input_size: Size | None = None, *, accuracy: float = 1e-4, **geometry: Unpack[Geometry]
 ) -> float:
     """Returns ‖M‖₂ = σmax, the Lipschitz constant of the layer before its activation.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         accuracy: Below 1. The relative error to reach, by the estimate of `extreme_singular_values`.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
             `tf_frobreg.Convolution`.
@@ -306,8 +307,7 @@ def spectral_norm(
         >>> print(f"{spectral_norm(np.ones((3, 3, 1, 1)), 100, padding='circular'):.3f}")
         9.000
     """
-    kernel = known_values(kernel)
-    conv = Convolution.of(kernel.shape, input_size, geometry)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, known=True)
     found = ExtremesFinder(conv, accuracy, sigma_min=False)(kernel)
     if not found.sigma_max_converged:
         _warn(
@@ -318,13 +318,14 @@ def spectral_norm(
 
 
 def condition_number(
-    kernel: Any, input_size: Size, *, accuracy: float = 0.01, **geometry: Unpack[Geometry]
+    kernel: Any, input_size: Size | None = None, *, accuracy: float = 0.01, **geometry: Unpack[Geometry]
 ) -> float:
     """Returns the condition number σmax / σmin. σmin is the smallest of the min(rows, columns) σ of M.
 
     Args:
-        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable.
-        input_size: Spatial size of the input image, an int or one int per axis.
+        kernel: `(*kernel_size, in_channels, filters)`, float32 or float64; array, tensor or variable,
+            or a built Keras layer.
+        input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         accuracy: Relative error to reach. If the error estimate of σmin stays above it, and the smaller side
             of M has up to 5000 rows, all singular values are computed.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups`, `kind`, as in
@@ -346,9 +347,8 @@ def condition_number(
         >>> print(condition_number(np.roll(kernel, 1, axis=0), 8))  # a shift loses a row at the border
         inf
     """
-    kernel = known_values(kernel)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, known=True)
     accuracy = check_number("accuracy", accuracy, exclusive=True)
-    conv = Convolution.of(kernel.shape, input_size, geometry)
 
     def reached(found: ExtremeSingularValues) -> bool:
         return (

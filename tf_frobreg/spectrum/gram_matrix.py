@@ -59,7 +59,7 @@ class GramMatrix:
         check_memory(
             8 * (2 * self.group_size**2 + self._num_places * (g**2 + 4)),
             f"the singular values of M of shape {' × '.join(map(str, self._conv.shape))} need a dense matrix",
-            "a smaller input_size, or extreme_singular_values",
+            "extreme_singular_values or a smaller input_size",
         )
         at = self._places
         for blocks in np.moveaxis(self._blocks(kernel), 1, 0):  # (classes, g, g) of one group

@@ -1,7 +1,9 @@
-"""One row of a report: σmax, σmin and R_α of one kernel, or the reason why it was not measured."""
+"""Reports on spectra: σmax, σmin and R_α of each kernel, or the reason why it was not measured."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -9,11 +11,25 @@ import tensorflow as tf
 from tf_frobreg.convolution.geometry import Convolution
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 from tf_frobreg.spectrum.extremes import ExtremesFinder, ExtremeSingularValues, ratio
+from tf_frobreg.tables import (
+    UNKNOWN,
+    Row,
+    count,
+    digits,
+    html_report,
+    known_columns,
+    names_by_reason,
+    text_report,
+)
 
-__all__ = ["KernelSpectrum"]
+__all__ = ["KernelSpectrum", "ModelSpectrum"]
+
+LEFT_COLUMNS = ("layer",)
+# Columns that a narrow terminal lacks, the first one first.
+OPTIONAL_COLUMNS = ("floor", "R", "σmax/σmin", "kernel", "image", "R/column", "α")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class KernelSpectrum:
     """σmax, σmin and R_α of one kernel, or the reason why they were not measured.
 
@@ -31,6 +47,7 @@ class KernelSpectrum:
         penalty_per_column: R_α(K) divided by the number of columns of M.
         penalty_floor: Lower bound on R_α for every kernel of this shape.
         convolution: The geometry.
+        alpha: α of R_α, the target of σ².
 
     Example:
         >>> print(KernelSpectrum("conv", "its kernel holds NaN or infinity", kernel_shape=(3, 3, 1, 4)))
@@ -45,7 +62,16 @@ class KernelSpectrum:
     penalty: float | None = None
     penalty_per_column: float | None = None
     penalty_floor: float | None = None
-    convolution: Convolution | None = dataclasses.field(default=None, repr=False)
+    convolution: Convolution | None = None
+    alpha: float | None = None
+
+    def __repr__(self) -> str:
+        """Returns one line without the geometry and the vectors of the search."""
+        ends = self.extremes
+        if ends is None:
+            return f"KernelSpectrum(name={self.name!r}, reason={self.reason!r})"
+        sigma = f"sigma_max={ends.sigma_max:.4g}, sigma_min={ends.sigma_min:.4g}"
+        return f"KernelSpectrum(name={self.name!r}, {sigma})"
 
     def __str__(self) -> str:
         if self.extremes is None or self.penalty is None:
@@ -63,6 +89,145 @@ class KernelSpectrum:
         if σmin was not requested.
         """
         return None if self.extremes is None else ratio(self.extremes.sigma_max, self.extremes.sigma_min)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the row as flat plain values, as `pandas.DataFrame` takes them.
+
+        Returns:
+            Values by name, without `convolution` and the vectors of the search. What was not measured is
+            None. "sigma_min_is_upper_bound" says that σmin cannot be distinguished from 0 or is not accurate.
+        """
+        ends = self.extremes
+        no_sigma_min = ends is None or math.isnan(ends.sigma_min)
+        record = {
+            "layer": self.name,
+            "kernel_shape": self.kernel_shape,
+            "input_size": self.input_size,
+            "sigma_max": ends and ends.sigma_max,
+            "sigma_min": ends and ends.sigma_min,
+            "sigma_max_error": ends and ends.sigma_max_error,
+            "sigma_min_error": ends and ends.sigma_min_error,
+            "sigma_max_converged": ends and ends.sigma_max_converged,
+            "sigma_min_converged": None if no_sigma_min else ends and ends.sigma_min_converged,
+            "sigma_min_is_upper_bound": None if no_sigma_min else ends and _is_upper_bound(ends),
+            "condition_number": self.condition_number,
+            "alpha": self.alpha,
+            "penalty": self.penalty,
+            "penalty_per_column": self.penalty_per_column,
+            "penalty_floor": self.penalty_floor,
+            "reason": self.reason,
+        }
+        return {name: None if _is_nan(value) else value for name, value in record.items()}
+
+
+def _is_upper_bound(ends: ExtremeSingularValues) -> bool:
+    """Whether σmin is only an upper bound: it is not distinguishable from 0, or not accurate."""
+    if math.isnan(ends.sigma_min):  # it was not requested
+        return False
+    return ends.sigma_min_error >= ends.sigma_min > 0 or not ends.sigma_min_converged
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+class ModelSpectrum(list[KernelSpectrum]):
+    """The rows of a model, a list of `KernelSpectrum`. `print(spectrum)` shows a table.
+
+    "≤" and "≥" mark bounds: σmin cannot be distinguished from 0, or a search did not reach the accuracy.
+    A terminal that is too narrow lacks some columns. A slice is a plain list.
+
+    Example:
+        >>> import keras
+        >>> from tf_frobreg import model_spectrum
+        >>> model = keras.Sequential([
+        ...     keras.Input((8, 8, 1)),
+        ...     keras.layers.Conv2D(4, 1, kernel_initializer="ones", name="ones"),
+        ...     keras.layers.Conv2D(1, 1, kernel_initializer="ones", name="sum")])
+        >>> spectrum = model_spectrum(model)
+        >>> print(spectrum)
+        2 kernels, σ 2 … 2, α = 1
+        <BLANKLINE>
+        layer   kernel  image  σmax  σmin  σmax/σmin    R  R/column  floor
+        ──────────────────────────────────────────────────────────────────
+        ones   1×1×1×4    8×8     2     2          1  576         9      0
+        sum    1×1×4×1    8×8     2     2          1  768         3    192
+        >>> spectrum
+        ModelSpectrum of 2 kernels, σ 2 … 2
+        >>> [record["input_size"] for record in spectrum.records()]
+        [(8, 8), (8, 8)]
+    """
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the `to_dict()` of each row: `pandas.DataFrame(spectrum.records())` is a table."""
+        return [row.to_dict() for row in self]
+
+    def __repr__(self) -> str:
+        return f"ModelSpectrum of {spectrum_summary(self, with_alpha=False)}"
+
+    def __str__(self) -> str:
+        hint = " records() holds all columns."
+        return text_report(*self._parts(), left=LEFT_COLUMNS, optional=OPTIONAL_COLUMNS, hint=hint)
+
+    def _repr_html_(self) -> str:
+        return html_report(*self._parts(), left=LEFT_COLUMNS)
+
+    def _parts(self) -> tuple[str, list[Row], list[str]]:
+        return spectrum_summary(self), spectrum_rows(self), spectrum_remarks(self)
+
+
+def spectrum_summary(rows: Sequence[KernelSpectrum], *, with_alpha: bool = True) -> str:
+    """Returns how many kernels there are, the range of σ, α if it is the same, and what is missing."""
+    measured = [row.extremes for row in rows if row.extremes is not None]
+    parts = [count(len(measured), "kernel")]
+    if measured:
+        low = [ends.sigma_min for ends in measured if not math.isnan(ends.sigma_min)]
+        high = digits(max(ends.sigma_max for ends in measured))
+        parts.append(f"σ {digits(min(low))} … {high}" if low else f"σ up to {high}")
+    if with_alpha and (alpha := common_alpha(rows)) is not None:
+        parts.append(f"α = {alpha:g}")
+    if missing := len(rows) - len(measured):
+        parts.append(f"{missing} not measured")
+    return ", ".join(parts)
+
+
+def spectrum_rows(rows: Sequence[KernelSpectrum]) -> list[Row]:
+    """Returns the table of a report, for the rows with a measurement. α is a column if it differs."""
+    measured = [(row, row.extremes) for row in rows if row.extremes is not None]
+    one_alpha = common_alpha(rows) is not None
+    return known_columns(
+        [
+            {
+                "layer": row.name,
+                "kernel": _times(row.kernel_shape),
+                "image": _times(row.input_size),
+                "σmax": ("" if ends.sigma_max_converged else "≥ ") + digits(ends.sigma_max),
+                "σmin": ("≤ " if _is_upper_bound(ends) else "") + digits(ends.sigma_min),
+                "σmax/σmin": ("≥ " if _is_upper_bound(ends) else "") + digits(row.condition_number),
+                "α": UNKNOWN if one_alpha or row.alpha is None else f"{row.alpha:g}",
+                "R": digits(row.penalty),
+                "R/column": digits(row.penalty_per_column),
+                "floor": digits(row.penalty_floor),
+            }
+            for row, ends in measured
+        ]
+    )
+
+
+def spectrum_remarks(rows: Sequence[KernelSpectrum]) -> list[str]:
+    """Returns lines on what was not measured, and why."""
+    reasons = {row.name: row.reason or "not measured" for row in rows if row.extremes is None}
+    return [f"Not measured: {names}: {reason}" for reason, names in names_by_reason(reasons).items()]
+
+
+def common_alpha(rows: Sequence[KernelSpectrum]) -> float | None:
+    """Returns α if it is the same in all rows with a measurement, otherwise None."""
+    found = {row.alpha for row in rows if row.extremes is not None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _times(size: Sequence[int] | None) -> str:
+    return "×".join(map(str, size)) if size else UNKNOWN
 
 
 def report_kernel(
@@ -113,4 +278,5 @@ def report_kernel(
         penalty_per_column=penalty / conv.shape[1],
         penalty_floor=frobenius.floor,
         convolution=conv,
+        alpha=alpha,
     )

@@ -1,0 +1,107 @@
+"""A Keras callback that changes the factor of penalties during training."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+
+from tf_frobreg.checks import check_choice, check_number
+from tf_frobreg.keras.read_layers import flat_layers
+from tf_frobreg.keras.regularizers import SumRegularizer, WeightedRegularizer
+
+__all__ = ["FactorSchedule"]
+
+
+class FactorSchedule(keras.callbacks.Callback):
+    """Multiplies the factor of every penalty of a model by a number that changes during training.
+
+    A change takes effect at once, also in compiled functions and under XLA. For that the regularizers keep
+    the multiplier, their `scale`, in a variable from then on. `factor` itself does not change. Keras saves
+    both with the model. The penalties are all regularizers of this package, on any variable of the model. A
+    penalty may be in a `SumRegularizer`, on a variable of your own layer, or inside a wrapper.
+
+    Args:
+        schedule: A function of the epoch or step that returns the multiplier, at least 0. A Keras
+            `LearningRateSchedule` is such a function: `PolynomialDecay(0.0, 5, 1.0)` warms up during five
+            epochs.
+        unit: Argument of the function: "epoch", or "step" for the number of optimizer steps so far.
+
+    Raises:
+        ValueError: If `unit` is invalid. During training: if the model has no such penalty, or the schedule
+            returns a negative or infinite number.
+        TypeError: If `schedule` is not a function.
+
+    Example:
+        >>> import numpy as np
+        >>> from tf_frobreg import FrobeniusRegularizer
+        >>> penalty = FrobeniusRegularizer(input_size=8, factor=0.1)
+        >>> conv = keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=penalty)
+        >>> model = keras.Sequential([keras.Input((8, 8, 1)), conv])
+        >>> model.compile("sgd", "mse")
+        >>> warm_up = FactorSchedule(lambda epoch: min(1.0, (epoch + 1) / 4))
+        >>> x = np.ones((8, 8, 8, 1))
+        >>> _ = model.fit(x, np.ones((8, 8, 8, 4)), epochs=2, verbose=0, callbacks=[warm_up])
+        >>> penalty.factor, penalty.scale
+        (0.1, 0.5)
+    """
+
+    def __init__(self, schedule: Callable[[int], Any], *, unit: str = "epoch") -> None:
+        super().__init__()
+        if not callable(schedule):
+            raise TypeError(f"schedule must be a function. Received: schedule={schedule!r}")
+        self.schedule = schedule
+        self.unit = check_choice("unit", unit, ("epoch", "step"))
+        self._penalties: list[WeightedRegularizer] = []
+
+    def set_model(self, model: keras.Model) -> None:
+        """Finds the penalties. Keras builds its training function after this call."""
+        super().set_model(model)
+        self._penalties = _find_penalties(model)
+        if not self._penalties:
+            raise ValueError(
+                "FactorSchedule needs a model with a penalty of this package, see attach_regularizers. "
+                f"Received: {model!r}"
+            )
+        with model.distribute_strategy.scope():
+            changed = [penalty.make_adjustable() for penalty in self._penalties]
+        if any(changed):  # a function traced earlier holds the old number
+            model.train_function = model.test_function = None
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Sets the multiplier of an epoch."""
+        if self.unit == "epoch":
+            self._apply(epoch)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Sets the multiplier of a step."""
+        if self.unit == "step":
+            self._apply(int(self.model.optimizer.iterations.numpy()))
+
+    def _apply(self, number: int) -> None:
+        scale = check_number(f"schedule({number})", self.schedule(number))
+        for penalty in self._penalties:
+            penalty.scale = scale
+
+
+def _find_penalties(model: keras.Model) -> list[WeightedRegularizer]:
+    """Returns each penalty of the model once, also if several variables share it.
+
+    Keras adds up the regularizers of the variables. A layer can also call a regularizer that it holds, and
+    it saves those that it was given.
+    """
+    stack: list[Any] = [getattr(variable, "regularizer", None) for variable in model.variables]
+    stack += [value for layer in flat_layers(model) for value in vars(layer).values()]
+    found: dict[int, Any] = {}
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += value.values()
+        elif isinstance(value, (list, tuple)):
+            stack += value
+        elif isinstance(value, SumRegularizer):
+            stack += value.regularizers  # not what the sum has replaced
+        elif isinstance(value, keras.regularizers.Regularizer) and id(value) not in found:
+            found[id(value)] = value
+            if not isinstance(value, WeightedRegularizer):  # a class of the user may hold others
+                stack += vars(value).values()
+    return [value for value in found.values() if isinstance(value, WeightedRegularizer)]

@@ -1,0 +1,284 @@
+"""Follows one call of a model without data, and notes the shapes that its layers see."""
+
+import contextlib
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_frobreg.checks import check_integer
+from tf_frobreg.convolution.geometry import Size
+from tf_frobreg.convolution.layer import Shape, image_sizes
+
+InputSize = Size | Mapping[str, Size]  # one size for all inputs, or one per name of an input or a layer
+
+
+class Trace(NamedTuple):
+    """What the layers of a model see when the model is called on its inputs.
+
+    Attributes:
+        shapes: The shapes of each layer's first input, in the order of the calls, by the layer's id.
+        problem: Why the model could not be followed, or None.
+        names: The names of the model's inputs.
+    """
+
+    shapes: dict[int, list[Shape]]
+    problem: str | None
+    names: tuple[str, ...]
+
+
+class _Call(NamedTuple):
+    """The arguments of one call of a model, with a `KerasTensor` in place of each tensor."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def map(self, function: Callable[[str, Any], Any]) -> "_Call":
+        """Applies a function of name and tensor to every tensor."""
+        names = iter(self.names)
+
+        def mapped(value: Any) -> Any:
+            return function(next(names), value) if isinstance(value, keras.KerasTensor) else value
+
+        return _Call(*keras.tree.map_structure(mapped, (self.args, self.kwargs)))
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each tensor: its key in a dict, the name of its argument, or its own name."""
+        found = []
+        for path, value in keras.tree.flatten_with_path((self.args, self.kwargs)):
+            if isinstance(value, keras.KerasTensor):
+                keys = [key for key in path if isinstance(key, str)]
+                found.append(keys[-1] if keys else value.name)
+        return found
+
+    @property
+    def tensors(self) -> list[Any]:
+        """The tensors."""
+        flat = keras.tree.flatten((self.args, self.kwargs))
+        return [value for value in flat if isinstance(value, keras.KerasTensor)]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an axis other than the batch has no size."""
+        return any(None in tensor.shape[1:] for tensor in self.tensors)
+
+
+def trace_model(
+    model: keras.layers.Layer, layers: Sequence[keras.layers.Layer], input_size: InputSize | None
+) -> Trace:
+    """Calls a built model on its inputs without data. Returns the shapes that these layers see.
+
+    A Functional or Sequential model is called on its own inputs, any other model or layer as it was called in
+    a Functional model, or on the shapes that it was built for. Layers that the call does not reach are looked
+    for in a call with `training=True`. What is still unknown then is looked for in a call on zeros.
+
+    Args:
+        model: The model or layer.
+        layers: Convolution and Dense layers in it.
+        input_size: Size of the input images. A dict maps names of inputs to sizes; other names are ignored.
+
+    Returns:
+        The shapes, and why the model could not be followed, if so.
+
+    Raises:
+        ValueError: If `input_size` does not suit the model. The message says why.
+    """
+    own, used = _own_call(model), _calls_elsewhere(model)
+    names = tuple(dict.fromkeys(name for call in own or used for name in call.names))
+    if isinstance(input_size, Mapping):
+        given = {name: input_size[name] for name in names if name in input_size}
+    else:
+        given = dict.fromkeys(names, input_size) if input_size is not None else {}
+    calls = own or used
+    if given:
+        _check_changeable(own, given)
+        calls = [calls[0].map(lambda name, tensor: _resized(model, name, tensor, given))]
+    elif own and own[0].is_open:  # perhaps another model calls it on inputs of fixed size
+        calls = [call for call in used if not call.is_open] or own
+    if not calls and input_size is not None and not isinstance(input_size, Mapping):
+        raise ValueError(
+            "input_size needs a model whose inputs are known: call it once on an image, or give a dict of "
+            f"sizes by the names of layers. Received: input_size={input_size!r}"
+        )
+    problem = None if calls else "its inputs are not known"
+    shapes: dict[int, list[Shape]] = {}
+    for attempt in (_without_data, _in_training, _on_zeros):
+        missing = [layer for layer in layers if _is_missing(layer, shapes)]
+        if not missing or not calls:
+            break
+        if attempt is _on_zeros and any(call.is_open for call in calls):
+            break  # a model of open size cannot be called on zeros
+        with _noted_shapes(missing) as found:
+            try:
+                for call in calls:
+                    attempt(model, call)
+                problem = None
+            except Exception as error:  # a model's code can raise anything
+                problem = problem or _cause(error)
+        shapes |= found
+    if problem is not None and given:
+        raise ValueError(
+            f"input_size must suit the model, which fails on such images ({problem}). "
+            f"Received: input_size={reprlib.repr(input_size)}"
+        )
+    return Trace(shapes, problem, names)
+
+
+def _cause(error: Exception) -> str:
+    """Returns the cause at the end of Keras' nested messages, on one line."""
+    text = " ".join(str(error).split())
+    for introduction in ("Error encountered: ", "Exception encountered: "):
+        text = text.rpartition(introduction)[2]
+    return text[:200] or type(error).__name__
+
+
+def _is_missing(layer: keras.layers.Layer, shapes: Mapping[int, Sequence[Shape]]) -> bool:
+    """Returns whether the size of a layer's images is not known yet."""
+    sizes = image_sizes(layer, shapes.get(id(layer), ()))
+    return layer.built and (id(layer) not in shapes or any(None in size for size in sizes))
+
+
+class _Caller(keras.Operation):
+    """Calls a model. Keras follows operations without data, in a scope in which no variable changes."""
+
+    def __init__(self, model: keras.layers.Layer, training: bool) -> None:
+        super().__init__()
+        self._model, self._training = model, training
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, training=self._training, **kwargs)
+
+
+def _without_data(model: keras.layers.Layer, call: _Call, training: bool = False) -> None:
+    _Caller(model, training).compute_output_spec(*call.args, **call.kwargs)
+
+
+def _in_training(model: keras.layers.Layer, call: _Call) -> None:
+    _without_data(model, call, training=True)
+
+
+def _on_zeros(model: keras.layers.Layer, call: _Call) -> None:
+    """Calls the model on zeros. What TensorFlow has compiled is run as plain Python, which can be noted."""
+    zeros = call.map(lambda _, spec: keras.ops.zeros([n or 1 for n in spec.shape], spec.dtype))
+    eagerly = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        with keras.StatelessScope():
+            model(*zeros.args, training=False, **zeros.kwargs)
+    finally:
+        tf.config.run_functions_eagerly(eagerly)
+
+
+def _own_call(model: keras.layers.Layer) -> list[_Call]:
+    """Returns the call of a Functional or Sequential model on its own inputs."""
+    inputs = getattr(model, "inputs", None)
+    if not inputs:
+        return []
+    return [_Call((inputs[0] if isinstance(model, keras.Sequential) else model.input,), {})]
+
+
+def _calls_elsewhere(model: keras.layers.Layer) -> list[_Call]:
+    """Returns the calls of a model or layer in Functional models, or else the one that built it."""
+    arguments = [node.arguments for node in getattr(model, "_inbound_nodes", ())]
+    return [_Call(call.args, call.kwargs) for call in arguments] or _as_built(model)
+
+
+def _as_built(model: keras.layers.Layer) -> list[_Call]:
+    """Returns the call that a model was built with, if Keras has recorded it."""
+    config = model.get_build_config() or {}
+    by_argument = config.get("shapes_dict") or {}
+    if "input_shape" in config:
+        structure = _specs(config["input_shape"], model.input_dtype)
+        return [] if structure is None else [_Call((structure,), {})]
+    kwargs = {
+        name.removesuffix("_shape"): _specs(shape, model.input_dtype) for name, shape in by_argument.items()
+    }
+    return [_Call((), kwargs)] if kwargs and None not in kwargs.values() else []
+
+
+def _specs(shape: Any, dtype: str) -> Any:
+    """Returns `KerasTensor`s in the structure of these shapes, or None if they are no shapes."""
+    if isinstance(shape, Mapping):
+        return {name: _specs(part, dtype) for name, part in shape.items()}
+    if not isinstance(shape, (list, tuple)):
+        return None
+    if all(n is None or isinstance(n, int) for n in shape):
+        return keras.KerasTensor(tuple(shape), dtype=dtype)
+    return [_specs(part, dtype) for part in shape]
+
+
+def _check_changeable(own: Sequence[_Call], given: Mapping[str, Size]) -> None:
+    """Raises ValueError if a Functional model has a fixed input size, which `input_size` would not change."""
+    if own and not own[0].is_open:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in own[0].tensors)
+        raise ValueError(
+            "input_size goes with a model that leaves the size of its images open; this one has inputs of "
+            f"shape {shapes}. Received: input_size={next(iter(given.values()))!r}"
+        )
+
+
+def _resized(model: keras.layers.Layer, name: str, spec: Any, given: Mapping[str, Size]) -> Any:
+    """Returns an input with the size that was given for it.
+
+    The size fills the open axes of a Functional model's input. The input of any other model or layer has no
+    fixed size: there it replaces all axes of the image.
+
+    Raises:
+        ValueError: If the number of axes differs.
+    """
+    shape = tuple(spec.shape)
+    if name not in given:
+        return spec
+    is_free = not getattr(model, "inputs", None) and len(shape) > 2
+    if is_free:
+        first = getattr(model, "data_format", keras.config.image_data_format()) == "channels_first"
+        axes = list(range(2, len(shape)) if first else range(1, len(shape) - 1))
+    else:
+        axes = [axis for axis, n in enumerate(shape) if n is None and axis > 0]
+    sizes: Any = given[name]
+    values = [check_integer("input_size", n) for n in (sizes if np.ndim(sizes) else [sizes] * len(axes))]
+    if axes and len(values) != len(axes):
+        raise ValueError(
+            f"input_size must be an int or {len(axes)} ints for an input of shape {shape}. "
+            f"Received: input_size={reprlib.repr(sizes)}"
+        )
+    by_axis = dict(zip(axes, values, strict=False))  # an input without open axes takes no size
+    filled = [by_axis.get(axis, n) for axis, n in enumerate(shape)]
+    return keras.KerasTensor(filled, dtype=spec.dtype, name=name)
+
+
+@contextlib.contextmanager
+def _noted_shapes(layers: Sequence[keras.layers.Layer]) -> Iterator[dict[int, list[Shape]]]:
+    """Notes the shape of the first input at every call of the layers, by the layer's id.
+
+    Keras has no public hook that sees a layer's inputs. Its hooks (activity regularizers, masks) see outputs,
+    which leave the input size open if there are strides. So a function on each layer hides the method `call`
+    of its class until the context ends.
+
+    Yields:
+        The shapes, filled while the context lasts.
+    """
+    shapes: dict[int, list[Shape]] = {}
+
+    def noting(layer: keras.layers.Layer) -> Callable[..., Any]:
+        call = layer.call
+
+        def note_and_call(*arguments: Any, **options: Any) -> Any:
+            first: Any = next(iter((*arguments, *options.values())), None)
+            if hasattr(first, "shape"):
+                shapes.setdefault(id(layer), []).append(tuple(first.shape))
+            return call(*arguments, **options)
+
+        return note_and_call
+
+    for layer in layers:
+        vars(layer)["call"] = noting(layer)  # Keras would track what is set as an attribute
+    try:
+        yield shapes
+    finally:
+        for layer in layers:
+            del vars(layer)["call"]
