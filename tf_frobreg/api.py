@@ -12,6 +12,7 @@ from tf_frobreg.keras.factor_schedule import FactorSchedule
 from tf_frobreg.keras.initializers import FrobeniusInitializer
 from tf_frobreg.keras.regularizers import (
     FrobeniusRegularizer,
+    FunctionRegularizer,
     ReshapedRegularizer,
     SpectralRegularizer,
     SumRegularizer,
@@ -45,6 +46,7 @@ __all__ = [
     "FactorSchedule",
     "FrobeniusInitializer",
     "FrobeniusRegularizer",
+    "FunctionRegularizer",
     "Geometry",
     "KernelSpectrum",
     "ModelDescent",
