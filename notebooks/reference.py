@@ -50,7 +50,7 @@ GROUPS = {
     ),
     "Keras regularizers": (
         "Regularizers and an initializer for one layer. See notebook 02.",
-        ("FrobeniusRegularizer", "SumRegularizer", "FrobeniusInitializer"),
+        ("FrobeniusRegularizer", "FunctionRegularizer", "SumRegularizer", "FrobeniusInitializer"),
     ),
     "Whole models": (
         "The same for every layer of a model. See notebooks 02 and 04.",

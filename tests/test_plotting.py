@@ -339,6 +339,13 @@ def test_a_training_is_drawn_by_layer_and_epoch():
     assert as_png(figure).startswith(b"\x89PNG")
 
 
+def test_targets_can_be_given_by_name():
+    figure = plot_spectrum({"a": [1.0], "b": EXTREMES}, kind="sorted", alpha={"a": 4.0, "b": 0.25, "c": 1.0})
+    assert [dashed(axes).get_ydata()[0] for axes in figure.axes] == [2.0, 0.5]
+    with pytest.raises(ValueError, match="alpha must hold α of each layer. Received: nothing for .'b'"):
+        plot_spectrum({"a": [1.0], "b": EXTREMES}, alpha={"a": 4.0})
+
+
 def test_few_layers_have_clearly_different_colours():
     history = {"epoch": [0.0, 1.0]}
     for n in range(8):

@@ -5,7 +5,8 @@ from tf_frobreg.convolution.matrix import ToeplitzIndices, index_set, toeplitz_i
 from tf_frobreg.descent.algorithm_3_1 import DescentResult, StopReason, regularize_kernel
 from tf_frobreg.descent.escapes import Escape
 from tf_frobreg.descent.step_rules import paper_schedule
-from tf_frobreg.keras.attach import AttachReport, attach_regularizers, detach_regularizers
+from tf_frobreg.keras.attach import attach_regularizers, detach_regularizers
+from tf_frobreg.keras.attach_report import AttachReport
 from tf_frobreg.keras.callbacks import SingularValueMonitor
 from tf_frobreg.keras.constraints import SingularValueClip
 from tf_frobreg.keras.factor_schedule import FactorSchedule
@@ -46,6 +47,7 @@ __all__ = [
     "FactorSchedule",
     "FrobeniusInitializer",
     "FrobeniusRegularizer",
+    "FunctionRegularizer",
     "FunctionRegularizer",
     "Geometry",
     "KernelSpectrum",

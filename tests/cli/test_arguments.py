@@ -61,6 +61,30 @@ def test_only_the_geometry_that_was_given_reaches_a_command():
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        ("8", 8),
+        ("8 9", [8, 9]),
+        ("8x9", [8, 9]),
+        ("left=32 right=64x48", {"left": 32, "right": [64, 48]}),
+        ("a=b=7", {"a=b": 7}),
+    ],
+)
+def test_sizes_of_the_image(words, size):
+    options = parse_arguments(["spectrum", "model.keras", "--input-size", *words.split()])
+    assert options.input_size == size
+
+
+@pytest.mark.parametrize("words", ["big", "left=", "8 left=9", "8x"])
+def test_wrong_sizes_of_the_image(words, run):
+    status, printed = run("spectrum", "model.keras", "--input-size", *words.split())
+    assert status == 2
+    assert (
+        f"must be N, one N per axis, or NAME=N or NAME=NxN for each input. Received: '{words}'" in printed.err
+    )
+
+
 def test_the_options_of_reproduce_have_defaults():
     assert parse_arguments(["reproduce"]) == ReproduceOptions(
         command="reproduce",

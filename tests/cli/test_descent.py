@@ -151,8 +151,9 @@ def test_ctrl_c_keeps_what_was_reached(kernel, tmp_path, run, monkeypatch):
             ["--input-size", "8", "--plot", "p" * 300 + ".png"],
             "--plot cannot be written (File name too long)",
         ),
-        (["--input-size", "eight"], "argument --input-size: invalid int value: 'eight'"),
+        (["--input-size", "eight"], "argument --input-size: must be N, one N per axis, or NAME=N"),
         ([], "--input-size is needed for a kernel without a model"),
+        (["--input-size", "left=8"], "--input-size with names (left) goes with a model"),
         (["--input-size", "8", "--padding", "full"], "padding must be one of"),
         (["--input-size", "8", "--alpha", "0"], "alpha must be a finite number above 0. Received: alpha=0"),
         (

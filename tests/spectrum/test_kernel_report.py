@@ -206,14 +206,8 @@ def test_alpha_is_in_the_first_line_if_all_agree():
 
 def test_columns_without_any_value_are_left_out():
     rows = [measured("high", 2.0, math.nan, kernel_shape=(5, 3), input_size=())]
-    assert str(ModelSpectrum(rows)).splitlines()[2].split() == [
-        "layer",
-        "kernel",
-        "σmax",
-        "R",
-        "R/column",
-        "floor",
-    ]
+    columns = str(ModelSpectrum(rows)).splitlines()[2].split()
+    assert columns == ["layer", "kernel", "σmax", "R", "R/column", "floor"]
 
 
 def test_a_report_of_nothing():

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tf_frobreg import __version__
 
 if TYPE_CHECKING:
-    from tf_frobreg.convolution.geometry import Geometry, Size
+    from tf_frobreg.convolution.geometry import Geometry
+    from tf_frobreg.keras.trace import InputSize
 
 GEOMETRY = ("strides", "padding", "dilation_rate", "groups", "kind")
 
@@ -33,7 +34,7 @@ class RegularizeOptions:
     command: str
     file: str
     output: str
-    input_size: "Size | None"
+    input_size: "InputSize | None"
     alpha: float | None
     include: list[str] | None
     exclude: list[str] | None
@@ -55,7 +56,7 @@ class SpectrumOptions:
     command: str
     file: str
     model: str | None
-    input_size: "Size | None"
+    input_size: "InputSize | None"
     alpha: float | None
     accuracy: float
     sigma_max_only: bool
@@ -63,7 +64,7 @@ class SpectrumOptions:
     json: str | None
     csv: str | None
     plot: str | None
-    plot_kind: str
+    plot_kind: str | None
     force: bool
 
 
@@ -95,7 +96,36 @@ class _PerAxis(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+        setattr(namespace, self.dest, _size(values))
+
+
+class _InputSize(argparse.Action):
+    """Stores one int for all axes, one int per axis, or a dict of sizes by the name of an input or layer."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        named = [text.rpartition("=") for text in values]
+        try:
+            sizes = [[int(n) for n in size.lower().split("x")] for _, _, size in named]
+        except ValueError:
+            sizes = []
+        plain = [size for size, (_, separator, _) in zip(sizes, named, strict=False) if not separator]
+        if not sizes or (plain and len(plain) < len(named)):
+            parser.error(
+                f"argument --input-size: must be N, one N per axis, or NAME=N or NAME=NxN for each input. "
+                f"Received: {' '.join(values)!r}"
+            )
+        per_name = {name: _size(size) for (name, _, _), size in zip(named, sizes, strict=True)}
+        setattr(namespace, self.dest, _size([n for size in plain for n in size]) if plain else per_name)
+
+
+def _size(values: list[int]) -> int | list[int]:
+    return values[0] if len(values) == 1 else values
 
 
 PER_AXIS: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N", "action": _PerAxis}
@@ -231,9 +261,9 @@ def _add_spectrum(commands: Any) -> None:
     parser.add_argument("--plot", help="picture of the singular values (.png, .pdf, .svg)")
     parser.add_argument(
         "--plot-kind",
-        choices=("sorted", "histogram"),
-        default="sorted",
-        help="one panel per layer, or one histogram of all layers (default: sorted)",
+        choices=("sorted", "ranges", "histogram"),
+        help="one panel per layer, σmin to σmax of all layers in one panel, or one histogram of all layers "
+        "(default: sorted for up to 9 layers, otherwise ranges)",
     )
     _add_force(parser)
 
@@ -241,8 +271,11 @@ def _add_spectrum(commands: Any) -> None:
 def _add_geometry(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input-size",
-        help="size of the image, N or one N per axis; required for kernels and for models that leave it open",
-        **PER_AXIS,
+        nargs="+",
+        metavar="N",
+        action=_InputSize,
+        help="size of the image, N or one N per axis; required for kernels and for models that leave it "
+        "open; LEFT=32 RIGHT=64x48 gives the sizes of inputs or layers by their names",
     )
     # Without an option the default of the library holds.
     unset = argparse.SUPPRESS

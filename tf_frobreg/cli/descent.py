@@ -21,6 +21,7 @@ from tf_frobreg.cli.files import (
     output_files,
     read_kernel,
     refusals_as_bad_input,
+    size_of_images,
     written,
 )
 from tf_frobreg.cli.model_files import MODELS, load_model, refuse_geometry
@@ -94,7 +95,8 @@ def regularize(options: RegularizeOptions) -> int:
 
 
 def _regularize_kernel(options: RegularizeOptions) -> int:
-    if options.input_size is None:
+    input_size = size_of_images(options.input_size, options.file)
+    if input_size is None:
         raise BadInput(f"--input-size is needed for a kernel without a model. Received: {options.file}")
     for name in ("include", "exclude"):
         if getattr(options, name) is not None:
@@ -113,7 +115,7 @@ def _regularize_kernel(options: RegularizeOptions) -> int:
             follow = _follower(progress, stop, options.max_steps)
             result = tf_frobreg.regularize_kernel(
                 kernel,
-                options.input_size,
+                input_size,
                 alpha=alpha,
                 callback=functools.partial(follow, _title(kernel.shape)),
                 **_descent_arguments(options),
@@ -125,7 +127,7 @@ def _regularize_kernel(options: RegularizeOptions) -> int:
             files["--plot"].write_figure(tf_frobreg.plot_convergence(result))
         if "--history" in files:
             _write_history(files["--history"], {options.file: result})
-    floor = tf_frobreg.penalty_floor(kernel.shape, options.input_size, alpha=alpha, **options.geometry)
+    floor = tf_frobreg.penalty_floor(kernel.shape, input_size, alpha=alpha, **options.geometry)
     show(
         _summary(result),
         f"R = {result.penalty:.6g} (lower bound for this shape: {floor:.6g})",

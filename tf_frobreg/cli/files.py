@@ -140,6 +140,14 @@ class OutputFile:
             raise BadInput(f"{self._option} exists; --force overwrites it. Received: {self.path}")
 
 
+def size_of_images(input_size: Any, path: str) -> Any:
+    """Returns --input-size for kernels without a model, or raises `BadInput` if it names inputs."""
+    if isinstance(input_size, Mapping):
+        names = ", ".join(input_size)
+        raise BadInput(f"--input-size with names ({names}) goes with a model. Received: {path}")
+    return input_size
+
+
 def check_ending(option: str, path: str | None, *endings: str) -> None:
     """Raises `BadInput` if the name after an option does not end in a format that is written."""
     if path is not None and Path(path).suffix.lower() not in endings:

@@ -18,6 +18,7 @@ from tf_frobreg.cli.files import (
     output_files,
     read_arrays,
     refusals_as_bad_input,
+    size_of_images,
     written,
 )
 from tf_frobreg.cli.model_files import MODELS, load_model, load_model_and_weights, refuse_geometry
@@ -70,7 +71,7 @@ def spectrum(options: SpectrumOptions) -> int:
     if "--csv" in files:
         files["--csv"].write_text(lambda file: _write_csv(file, rows))
     if "--plot" in files:
-        alphas = {row.name: row.alpha for row in rows if row.name in spectra}
+        alphas = {kernel.name: kernel.alpha for kernel in contents.kernels}
         figure = tf_frobreg.plot_spectrum(spectra, kind=options.plot_kind, alpha=alphas)
         files["--plot"].write_figure(figure)
     missed = [line for row in rows for line in _missed(row)]
@@ -125,16 +126,17 @@ def _contents_of_arrays(arrays: Mapping[str, np.ndarray], options: SpectrumOptio
 
     kernels, untreated = [], []
     alpha = 1.0 if options.alpha is None else options.alpha
+    input_size = size_of_images(options.input_size, options.file)
     for name, array in arrays.items():
         try:
             kernel = as_kernel(array).numpy()
             show_remark(name, remark_on_order(kernel.shape))
             if kernel.ndim == 2:  # a Dense layer has neither image nor geometry
                 conv = tf_frobreg.Convolution.of(kernel.shape, (), {})
-            elif options.input_size is None:
+            elif input_size is None:
                 raise ValueError("--input-size is needed for kernels without a model")
             else:
-                conv = tf_frobreg.Convolution.of(kernel.shape, options.input_size, options.geometry)
+                conv = tf_frobreg.Convolution.of(kernel.shape, input_size, options.geometry)
         except (ValueError, TypeError) as error:
             if len(arrays) == 1:
                 raise

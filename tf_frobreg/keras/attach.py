@@ -1,109 +1,77 @@
-"""Puts the penalty on every layer of a model, and takes it off again."""
+"""Puts a penalty on every layer of a model, and takes it off again."""
 
-import contextlib
-import dataclasses
-import json
+import copy
 import reprlib
-import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
-from tf_frobreg.checks import check_choice
-from tf_frobreg.convolution.geometry import Size
+from tf_frobreg.checks import check_choice, did_you_mean
+from tf_frobreg.convolution.geometry import Convolution, Geometry
+from tf_frobreg.keras.attach_report import (
+    CLASSES,
+    AttachReport,
+    Change,
+    forget_traces,
+    label,
+    times,
+)
+from tf_frobreg.keras.layer_geometry import TakesGeometry
+from tf_frobreg.keras.own_penalty import differences, penalised_convolution
 from tf_frobreg.keras.read_layers import LayerKernel, check_model, flat_layers, own_weights
 from tf_frobreg.keras.regularizers import (
-    FrobeniusRegularizer,
-    Replacement,
+    FunctionRegularizer,
     SumRegularizer,
+    WeightedRegularizer,
+    check_function,
     regularizer_parts,
 )
-from tf_frobreg.keras.reports import aligned_lines
 from tf_frobreg.keras.select_kernels import Candidate, Selection, check_matches, matches, select_kernels
+from tf_frobreg.keras.trace import InputSize
+from tf_frobreg.keras.unsaved import unsaved_kernels
+from tf_frobreg.tables import names_by_reason
 
-__all__ = ["AttachReport", "attach_regularizers", "detach_regularizers"]
+__all__ = ["attach_regularizers", "detach_regularizers"]
 
-EXISTING = ("add", "replace", "keep")
-OVERRIDES = ("factor", "alpha", "reduction", "padding")
+EXISTING = ("add", "replace", "keep", "correct")
+DEFAULT_ALPHA = 1.0
 DTYPES = ("float32", "float64")
+# What each penalty takes, and so what `overrides` can change.
+ARGUMENTS = {
+    "frobenius": ("factor", "alpha", "reduction", "padding"),
+    "spectral": ("factor", "alpha", "padding"),
+    "reshaped": ("factor", "alpha"),
+}
+ARGUMENTS_OF_A_FUNCTION = ("factor", "padding")
 
-Changes = list[tuple[LayerKernel, Replacement]]  # each kernel, and the regularizer that it got
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class AttachReport:
-    """What `attach_regularizers` did. `print(report)` shows one line per kernel.
-
-    Attributes:
-        attached: The new `FrobeniusRegularizer` of each kernel, by the kernel's name.
-        left_out: Why other kernels and layers have none, by their names.
-        remarks: What else you should know, by the kernel's name: which regularizer the penalty was added to
-            or replaced, other image sizes of a shared layer, and whether a saved model lacks the penalty.
-
-    Example:
-        >>> model = keras.Sequential([
-        ...     keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3, kernel_regularizer="l2", name="conv"),
-        ...     keras.layers.Dense(2, name="top")])
-        >>> report = attach_regularizers(model, exclude="top")
-        >>> report.attached["conv"].input_size, report.left_out, report.remarks
-        ((8, 8), {'top': 'excluded'}, {'conv': 'added to L2'})
-        >>> print(report)
-        conv  factor 0.0001, α = 1, input 8×8, valid; added to L2
-        top   - excluded
-        >>> report.detach()
-    """
-
-    attached: dict[str, FrobeniusRegularizer]
-    left_out: dict[str, str]
-    remarks: dict[str, str]
-    _model: keras.layers.Layer = dataclasses.field(repr=False)
-    _changes: Changes = dataclasses.field(repr=False)
-
-    def detach(self) -> None:
-        """Puts back the regularizers that were there before. What was set since then stays."""
-        for kernel, now in self._changes:
-            now.detached = True
-            if getattr(kernel.layer, kernel.regularizer) is now:
-                setattr(kernel.layer, kernel.regularizer, _in_use(now, "replaced_in_layer"))
-            for weight in kernel.layer.weights:  # with LoRA the two factors have the kernel's regularizer
-                if weight.regularizer is now:
-                    weight.regularizer = _in_use(now, "replaced")
-        _forget_traces(self._model)
-
-    def __str__(self) -> str:
-        lines = {
-            name: f"factor {penalty.factor:g}, α = {penalty.alpha:g}, {_describe(penalty)}"
-            + (f"; {self.remarks[name]}" if name in self.remarks else "")
-            for name, penalty in self.attached.items()
-        }
-        return aligned_lines(lines, self.left_out)
+Penalty = str | Callable[[Any, Convolution], Any]
 
 
 def attach_regularizers(
     model: keras.layers.Layer,
-    factor: float = 1e-4,
-    alpha: float = 1.0,
+    factor: float = 0.01,
+    alpha: float = DEFAULT_ALPHA,
     *,
-    reduction: str = "sum",
+    penalty: Penalty = "frobenius",
+    reduction: str | None = None,
     padding: str | None = None,
     include: Selection | None = None,
     exclude: Selection | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     existing: str = "add",
-    input_size: Size | None = None,
+    input_size: InputSize | None = None,
 ) -> AttachReport:
-    """Puts a `FrobeniusRegularizer` on every convolution and `Dense` layer of a built model.
+    """Puts a penalty on every convolution and `Dense` layer of a built model.
 
-    The image size, strides, padding, dilation, groups, data format and kind are read from each layer. From
-    then on the penalties are among `model.losses`, before and after `compile`. They are saved, loaded and
-    cloned with the model.
+    The penalty is `FrobeniusRegularizer`, unless you choose another one. The image size, strides, padding,
+    dilation, groups, data format and kind are read from each layer. From then on the penalties are among
+    `model.losses`, before and after `compile`. They are saved, loaded and cloned with the model.
 
+    - A clone at another image size keeps the penalties of the old size. `existing="correct"` corrects them.
     - Compile a model again if it contains this one and has been trained already.
     - A layer that is shared between images of different sizes is penalised for the first size. The report
-      lists the others.
+      lists the others. Two layers that share one variable get one penalty.
     - Functions that Keras has traced keep the values of `factor` and `alpha`. To change the weight during
       training use `FactorSchedule`.
     - The penalty of a frozen layer is zero until you unfreeze it, as with every Keras regularizer.
@@ -116,26 +84,32 @@ def attach_regularizers(
         model: A built Keras model or layer: Sequential, Functional or subclassed. Nested ones are included.
         factor: Weight of each penalty, at least 0.
         alpha: α, the target of σ². Positive. 2 keeps the energy of a signal that passes through a ReLU.
-        reduction: "sum" for R_α. "mean" for R_α divided by the number of columns of M, so that one factor
-            suits layers of any size.
+            Not for a function.
+        penalty: "frobenius" for `FrobeniusRegularizer`, "spectral" for `SpectralRegularizer`, "reshaped" for
+            `ReshapedRegularizer`, or a function of (kernel, convolution) that returns a scalar. The function
+            gets the layer's `Convolution`, see `FunctionRegularizer`.
+        reduction: Only for "frobenius". None or "mean" for R_α divided by the number of columns of M, so that
+            one factor suits layers of any size. "sum" for R_α.
         padding: None for the padding of each layer. "circular" penalises the operators without border, whose
-            minimisers use all taps.
+            minimisers use all taps. Not for "reshaped".
         include: Which kernels get a penalty: a name, a layer, a layer class, a function of the layer, or a
             list of these. Names may contain wildcards (`"block*"`). The default is all kernels.
         exclude: Which of these get none, in the same form.
         overrides: Maps names, which may contain wildcards, to dicts of other values of `factor`, `alpha`,
             `reduction` or `padding`. If several names match a kernel, the last one wins.
         existing: What happens to a regularizer that a kernel already has. "add" keeps it and adds the
-            penalty, "replace" removes it, and "keep" leaves the kernel as it is. "add" never gives a kernel
-            a second `FrobeniusRegularizer`. It does add one to a `SpectralRegularizer`.
-        input_size: Size of the input images, an int or one int per axis, if the model leaves it open.
+            penalty, but never a second one of the same class or function. "replace" removes it. "keep" leaves
+            the kernel as it is. "correct" is like "add", but penalties of this package get the layer's
+            geometry if theirs differs. Their factor, α and other values stay.
+        input_size: Size of the input images, an int or one int per axis, if the model leaves it open. A dict
+            maps names of inputs or layers to sizes.
 
     Returns:
-        An `AttachReport`: what was attached, what was left out and why, remarks, and `.detach()`.
+        An `AttachReport`: what was attached, left out, kept and corrected, remarks, and `.detach()`.
 
     Raises:
         ValueError: If an argument is invalid, the image size of a selected layer is unknown, or a name or
-            class matches nothing. Nothing is attached then.
+            class matches nothing. Also if no kernel can get or has a penalty. Nothing is attached then.
         TypeError: If an argument has the wrong type.
 
     Example:
@@ -144,43 +118,57 @@ def attach_regularizers(
         ...     keras.layers.Conv2D(8, 3, strides=2, name="conv"),
         ...     keras.layers.Flatten(),
         ...     keras.layers.Dense(10, name="top")])
-        >>> report = attach_regularizers(model, factor=0.01, reduction="mean", exclude="top")
+        >>> report = attach_regularizers(model, exclude="top")
         >>> print(report)
-        conv  factor 0.01, α = 1, input 28×28, valid, strides 2×2
-        top   - excluded
+        attached 1, left out 1, kept 0
+        <BLANKLINE>
+        kernel  factor  α  reduction  image  geometry
+        ───────────────────────────────────────────────────────
+        conv      0.01  1  mean       28×28  valid, strides 2×2
+        <BLANKLINE>
+        Left out: top: excluded
         >>> len(model.losses)
         1
         >>> report.detach()
         >>> model.losses
         []
+        >>> def entries(kernel, convolution):  # the mean of |entry| of M, except at the border
+        ...     return keras.ops.sum(keras.ops.abs(kernel)) / convolution.shape[1]
+        >>> report = attach_regularizers(model, penalty=entries, include="conv")
+        >>> print(report.attached["conv"].geometry["strides"])
+        (2, 2)
     """
     check_choice("existing", existing, EXISTING)
+    given = {"factor": factor, "alpha": alpha, "reduction": reduction, "padding": padding}
+    values = _check_penalty(penalty, given)
     kernels, left_out = select_kernels(model, include, exclude, input_size)
-    values = {"factor": factor, "alpha": alpha, "reduction": reduction, "padding": padding}
-    attached: dict[str, FrobeniusRegularizer] = {}
-    changes: Changes = []
+    report = AttachReport({}, left_out, {}, {}, {}, {}, model, [])
     for kernel, own in zip(kernels, _overridden(values, overrides, kernels), strict=True):
-        penalty = _penalty(kernel, own)  # also for kernels that are left out, to refuse invalid arguments
-        before = getattr(kernel.variable, "regularizer", None)
-        reason = kernel.reason_to_skip(dtypes=DTYPES) or _reason_to_keep(before, existing)
-        if reason is not None:
+        new = _build(penalty, kernel, own)  # also for kernels that are left out, to refuse invalid arguments
+        if (reason := kernel.reason_to_skip(dtypes=DTYPES)) is not None:
             left_out[kernel.name] = reason
-            continue
-        attached[kernel.name] = penalty
-        now = penalty if before is None or existing == "replace" else SumRegularizer([before, penalty])
-        now.replaced, now.replaced_in_layer = before, getattr(kernel.layer, kernel.regularizer)
-        changes.append((kernel, now))
-    for kernel, now in changes:  # nothing has been changed before this point
+        else:
+            _plan(report, kernel, new, existing)
+    if not (report.attached or report.kept or report.corrected):
+        reasons = [f"{names}: {reason}" for reason, names in names_by_reason(left_out).items()]
+        raise ValueError(
+            "model must have a kernel that can get a penalty. Left out: "
+            f"{'; '.join(reasons) or 'nothing, it has no convolution and no Dense layer'}"
+        )
+    for kernel, now in report.changes:  # nothing has been changed before this point
         setattr(kernel.layer, kernel.regularizer, now)
         kernel.variable.regularizer = now
-    _forget_traces(model)
-    return AttachReport(attached, left_out, _remarks(model, changes, existing), model, changes)
+    forget_traces(model)
+    _add_remarks(report, existing)
+    return report
 
 
 def detach_regularizers(model: keras.layers.Layer) -> list[str]:
-    """Takes every `FrobeniusRegularizer` off a model, also those from a file or a layer's arguments.
+    """Takes every penalty of this package off a model, also those from a file or a layer's arguments.
 
-    Other regularizers stay. `AttachReport.detach` undoes only one call of `attach_regularizers`.
+    The penalties are all regularizers of the package, also those in a `SumRegularizer`, and those on weights
+    that your own layers make with `add_weight(regularizer=...)`. Other regularizers stay.
+    `AttachReport.detach` undoes only one call of `attach_regularizers`.
 
     Args:
         model: A Keras model or layer.
@@ -211,26 +199,40 @@ def detach_regularizers(model: keras.layers.Layer) -> list[str]:
                 found = True
         if found:
             names.append(layer.name)
-    _forget_traces(model)
+    forget_traces(model)
     return names
 
 
 def _has_penalty(regularizer: Any) -> bool:
-    """Returns whether a kernel with that regularizer has the penalty."""
-    return any(isinstance(part, FrobeniusRegularizer) for part in regularizer_parts(regularizer))
+    """Returns whether the regularizer is or contains a penalty of this package."""
+    return any(isinstance(part, WeightedRegularizer) for part in regularizer_parts(regularizer))
 
 
 def _without_penalty(regularizer: Any) -> Any:
-    """Returns the regularizer without the penalty, or None if nothing else is in it."""
-    rest = [part for part in regularizer_parts(regularizer) if not isinstance(part, FrobeniusRegularizer)]
+    """Returns the regularizer without the penalties, or None if nothing else is in it."""
+    rest = [part for part in regularizer_parts(regularizer) if not isinstance(part, WeightedRegularizer)]
     return SumRegularizer(rest) if len(rest) > 1 else next(iter(rest), None)
 
 
-def _in_use(regularizer: Any, replaced: str) -> Any:
-    """Follows detached regularizers to the one that is now in their place. `replaced` names the place."""
-    while isinstance(regularizer, Replacement) and regularizer.detached:
-        regularizer = getattr(regularizer, replaced)
-    return regularizer
+def _check_penalty(penalty: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the given values that the penalty takes, or raises an error if another one was given."""
+    if isinstance(penalty, str):
+        names = ARGUMENTS[check_choice("penalty", penalty, tuple(ARGUMENTS))]
+    else:
+        check_function("penalty", penalty, f"one of {tuple(ARGUMENTS)} or ")
+        names = ARGUMENTS_OF_A_FUNCTION
+    for name, value in given.items():
+        default = DEFAULT_ALPHA if name == "alpha" else None
+        if name not in names and value is not default and value != default:
+            kind = f"penalty={penalty!r}" if isinstance(penalty, str) else "a function as penalty"
+            raise ValueError(
+                f"{name} must not be given with {kind}, which takes {' and '.join(names)}. "
+                f"Received: {name}={reprlib.repr(value)}"
+            )
+    values = {name: given[name] for name in names}
+    if values.get("reduction", "") is None:
+        values["reduction"] = "mean"
+    return values
 
 
 def _overridden(
@@ -245,10 +247,12 @@ def _overridden(
         )
     candidates = [Candidate(kernel.name, kernel.layer) for kernel in kernels]
     for pattern, own in overrides.items():
-        if not isinstance(pattern, str) or not isinstance(own, Mapping) or not own.keys() <= set(OVERRIDES):
+        unknown = [key for key in own if key not in values] if isinstance(own, Mapping) else []
+        if not isinstance(pattern, str) or not isinstance(own, Mapping) or unknown:
             raise ValueError(
-                f"overrides must map names to dicts of {', '.join(OVERRIDES)}. "
+                f"overrides must map names to dicts of {', '.join(values)}. "
                 f"Received: overrides[{pattern!r}]={reprlib.repr(own)}"
+                f"{did_you_mean(unknown[0], values) if unknown else ''}"
             )
     check_matches("overrides", list(overrides), candidates, candidates)
     by_kernel = []
@@ -261,113 +265,119 @@ def _overridden(
     return by_kernel
 
 
-def _penalty(kernel: LayerKernel, values: Mapping[str, Any]) -> FrobeniusRegularizer:
+def _build(penalty: Penalty, kernel: LayerKernel, values: Mapping[str, Any]) -> WeightedRegularizer:
     """Returns the penalty of a kernel, or raises an error that names the layer."""
-    conv = kernel.with_padding(values["padding"]).conv
+    conv = kernel.with_padding(values.get("padding")).conv
     weights = {name: value for name, value in values.items() if name != "padding"}
     with kernel.naming_errors():
-        return FrobeniusRegularizer(conv.input_size, **weights, **conv.geometry)
+        if not isinstance(penalty, str):
+            return FunctionRegularizer(penalty, conv.input_size, **weights, **conv.geometry)
+        kind = CLASSES[penalty]
+        if not issubclass(kind, TakesGeometry):
+            return kind(**weights)
+        return kind(conv.input_size, **weights, **conv.geometry)
 
 
-def _reason_to_keep(before: Any, existing: str) -> str | None:
-    """Returns why a kernel keeps the regularizer that it has, or None."""
-    if before is not None and existing == "keep":
-        return f"it has {_label(before)} already"
-    if existing == "add" and _has_penalty(before):
-        return "it has FrobeniusRegularizer already"
-    return None
+def _plan(report: AttachReport, kernel: LayerKernel, new: WeightedRegularizer, existing: str) -> None:
+    """Writes into the report what becomes of a kernel's regularizer, without changing it."""
+    name = kernel.name
+    before = rest = kernel.variable.regularizer
+    wrong = [] if existing == "replace" else _mismatches(before, kernel)
+    words = " and ".join(f"{label(part)} for {differences(part, kernel.conv)}" for part in wrong)
+    if wrong and existing == "correct":
+        right = {id(part): _with_geometry(part, kernel.conv) for part in wrong}
+        rest = _exchanged(before, right)
+        report.corrected[name] = list(right.values())
+        report.remarks[name] = f"corrected {words}"
+    elif wrong:
+        report.mismatched[name] = words
+        report.remarks[name] = f'it has {words}: existing="correct" corrects it'
+    if existing == "keep" and before is not None:
+        report.kept[name] = f"it has {label(before)} already"
+        return
+    if existing == "replace" or not _has_same(before, new):
+        report.attached[name] = new
+        now = new if rest is None or existing == "replace" else SumRegularizer([rest, new])
+    elif rest is not before:
+        now = rest
+    else:
+        report.kept[name] = f"it has {label(new)} already"
+        return
+    now.replaced, now.replaced_in_layer = before, getattr(kernel.layer, kernel.regularizer)
+    report.changes.append(Change(kernel, now))
 
 
-def _remarks(model: keras.layers.Layer, changes: Changes, existing: str) -> dict[str, str]:
-    """Returns what the user should know about the kernels, by name."""
-    unsaved = _unsaved(model, changes)
-    found = {}
-    for kernel, now in changes:
-        remarks = []
-        if now.replaced is not None:
-            remarks.append(f"{'replaced' if existing == 'replace' else 'added to'} {_label(now.replaced)}")
+def _mismatches(regularizer: Any, kernel: LayerKernel) -> list[Any]:
+    """Returns the penalties in a regularizer whose geometry is not the one that the layer has."""
+    return [
+        part
+        for part in regularizer_parts(regularizer)
+        if isinstance(part, WeightedRegularizer)
+        and isinstance(part, TakesGeometry)
+        and penalised_convolution(part, kernel) is None
+    ]
+
+
+def _with_geometry(penalty: Any, conv: Convolution) -> Any:
+    """Returns a copy of a penalty with another geometry. A penalty without border remains one."""
+    corrected = copy.copy(
+        penalty
+    )  # its configuration would not do, which needs the function to be registered
+    corrected.replaced = corrected.replaced_in_layer = None
+    corrected.detached = False
+    geometry = conv.geometry
+    if penalty.padding == "circular":
+        geometry["padding"] = "circular"
+    corrected.take_geometry(conv.input_size, geometry)
+    return corrected
+
+
+def _exchanged(regularizer: Any, new: Mapping[int, Any]) -> Any:
+    """Returns a regularizer with other parts. `new` maps the id of a part to what takes its place."""
+    if isinstance(regularizer, SumRegularizer):
+        return SumRegularizer([_exchanged(part, new) for part in regularizer.regularizers])
+    return new.get(id(regularizer), regularizer)
+
+
+def _has_same(regularizer: Any, new: WeightedRegularizer) -> bool:
+    """Returns whether a penalty of the same class is in the regularizer, with the same function if any."""
+    return any(
+        isinstance(part, type(new))
+        and (not isinstance(new, FunctionRegularizer) or _is_same(part.function, new.function))
+        for part in regularizer_parts(regularizer)
+    )
+
+
+def _is_same(function: Any, other: Any) -> bool:
+    """Returns whether two functions are equal, or the same text that was run twice in a notebook."""
+    codes = [getattr(f, "__code__", None) for f in (function, other)]
+    is_closure = any(getattr(f, "__closure__", None) for f in (function, other))
+    return function == other or (codes[0] is not None and codes[0] == codes[1] and not is_closure)
+
+
+def _add_remarks(report: AttachReport, existing: str) -> None:
+    """Writes into the report what else the user should know about the changed kernels."""
+    unsaved = unsaved_kernels(report.model, report.changes)
+    for kernel, now in report.changes:
+        name, remarks = kernel.name, []
+        if name in report.remarks:
+            remarks.append(report.remarks[name])
+        if name in report.attached and now.replaced is not None:
+            remarks.append(f"{'replaced' if existing == 'replace' else 'added to'} {label(now.replaced)}")
         if now.replaced_in_layer is not now.replaced:
-            remarks.append(f"{kernel.regularizer} was {_label(now.replaced_in_layer)}, without effect")
-        if kernel.other_sizes:
-            sizes = " and ".join(map(_times, kernel.other_sizes))
-            remarks.append(f"applied to {sizes} too, penalised for {_times(kernel.conv.input_size)}")
-        if kernel.name in unsaved:
+            remarks.append(f"{kernel.regularizer} was {label(now.replaced_in_layer)}, without effect")
+        if isinstance(report.attached.get(name), TakesGeometry) or name in report.corrected:
+            remarks += _remarks_on_size(kernel)
+        if name in unsaved:
             remarks.append("not in the model's configuration: attach again after loading")
         if remarks:
-            found[kernel.name] = "; ".join(remarks)
-    return found
+            report.remarks[name] = "; ".join(remarks)
 
 
-def _unsaved(model: keras.layers.Layer, changes: Changes) -> set[str]:
-    """Returns the names of the kernels whose regularizer a saved model lacks.
-
-    A saved model holds the regularizers in its configuration. An entry is compared by its layer's name, its
-    own name and its content. If two layers agree in all three and only one is saved, both are returned.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras warns about functions among the regularizers
-        saved = _saved_regularizers(model)
-        entries = {
-            kernel.name: (kernel.layer.name, kernel.regularizer, _as_text(now)) for kernel, now in changes
-        }
-    lacking = Counter(entries.values()) - saved
-    return {name for name, entry in entries.items() if entry in lacking}
-
-
-def _saved_regularizers(model: keras.layers.Layer) -> Counter[tuple[str, str, str]]:
-    """Counts (name of the layer, name of the attribute, regularizer) in a model's configuration."""
-    found: Counter[tuple[str, str, str]] = Counter()
-    stack: list[Any] = []
-    with contextlib.suppress(Exception):  # a class without a configuration saves nothing
-        stack.append(keras.saving.serialize_keras_object(model.get_config()))
-    while stack:
-        config = stack.pop()
-        if isinstance(config, list):
-            stack += config
-        elif isinstance(config, dict):
-            stack += config.values()
-            if "name" in config:
-                for attribute, value in config.items():
-                    if attribute.endswith("regularizer") and value is not None:
-                        found[str(config["name"]), attribute, _as_text(value)] += 1
-    return found
-
-
-def _as_text(regularizer: Any) -> str:
-    """Returns a text that is the same for a regularizer and for its configuration."""
-    with contextlib.suppress(Exception):  # a function that cannot be saved
-        return json.dumps(keras.saving.serialize_keras_object(regularizer), sort_keys=True, default=repr)
-    return repr(regularizer)
-
-
-def _forget_traces(model: keras.layers.Layer) -> None:
-    """Discards the functions that Keras traced before, because they do not have the new losses."""
-    for name in ("train_function", "test_function"):
-        if getattr(model, name, None) is not None:
-            setattr(model, name, None)
-
-
-def _describe(penalty: FrobeniusRegularizer) -> str:
-    """Returns a layer's geometry in words, without what is 1."""
-    if penalty.input_size == ():
-        return "Dense"
-    words = [f"input {_times(penalty.input_size)}", penalty.padding]
-    for name, value in (("strides", penalty.strides), ("dilation_rate", penalty.dilation_rate)):
-        if np.any(np.not_equal(value, 1)):
-            words.append(f"{name} {_times(value)}")
-    if penalty.groups != 1:
-        words.append(f"{penalty.groups} groups")
-    if penalty.kind != "conv":
-        words.append(penalty.kind)
-    return ", ".join(words)
-
-
-def _times(size: int | Sequence[int | None]) -> str:
-    """Returns (3, 4) as 3×4."""
-    return "×".join(map(str, (size,) if isinstance(size, int) else size))
-
-
-def _label(regularizer: Any) -> str:
-    """Returns the names of a regularizer's parts."""
-    parts = regularizer_parts(regularizer)
-    return " + ".join(getattr(part, "__name__", type(part).__name__) for part in parts) or "none"
+def _remarks_on_size(kernel: LayerKernel) -> list[str]:
+    """Returns remarks on the image sizes that a kernel is applied to."""
+    remarks = ["size of an earlier call"] if kernel.is_recorded else []
+    if kernel.other_sizes:
+        sizes = " and ".join(map(times, kernel.other_sizes))
+        remarks.append(f"applied to {sizes} too, penalised for {times(kernel.conv.input_size)}")
+    return remarks

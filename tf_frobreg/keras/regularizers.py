@@ -330,8 +330,8 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
     """Penalises a kernel by `factor` times a function of the kernel and the layer's geometry.
 
     The function is called as `function(kernel, convolution)`. `kernel` is a tensor of float32 or float64.
-    `convolution` is the layer's `Convolution`: the shapes of M, and `**convolution.geometry` for the functions
-    of this package. The result must be a scalar that TensorFlow can differentiate in the kernel.
+    `convolution` is the layer's `Convolution`: the shapes of M, and `**convolution.geometry` for the
+    functions of this package. The result must be a scalar that TensorFlow can differentiate in the kernel.
 
     Keras saves the name of the function. A function with `@keras.saving.register_keras_serializable()` is
     found again on loading. For any other one give `load_model` its `custom_objects`.
@@ -388,7 +388,9 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
             value = None
         if value is None or value.shape.rank != 0:
             found = reprlib.repr(result) if value is None else f"a tensor of shape {value.shape}"
-            raise ValueError(f"function {function_name(self.function)} must return a scalar. Received: {found}")
+            raise ValueError(
+                f"function {function_name(self.function)} must return a scalar. Received: {found}"
+            )
         return self.weight(value.dtype) * value
 
     def get_config(self) -> dict[str, Any]:
@@ -402,11 +404,12 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
         return cls(**config | {"function": keras.saving.deserialize_keras_object(config["function"])})
 
 
-def check_function(name: str, function: Any) -> Callable[[Any, Convolution], Any]:
+def check_function(name: str, function: Any, else_: str = "") -> Callable[[Any, Convolution], Any]:
     """Returns a function of kernel and convolution, or raises an error that names the argument."""
     if not callable(function) or isinstance(function, (type, keras.regularizers.Regularizer)):
         raise TypeError(
-            f"{name} must be a function of (kernel, convolution). Received: {name}={reprlib.repr(function)}"
+            f"{name} must be {else_}a function of (kernel, convolution). "
+            f"Received: {name}={reprlib.repr(function)}"
         )
     return function
 

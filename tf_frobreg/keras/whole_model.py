@@ -10,11 +10,11 @@ import keras
 import numpy as np
 
 from tf_frobreg.checks import check_flag, check_number
-from tf_frobreg.convolution.geometry import Size
 from tf_frobreg.descent.algorithm_3_1 import DescentResult, StopReason, regularize_kernel
 from tf_frobreg.keras.own_penalty import target_of
 from tf_frobreg.keras.read_layers import read_kernels
 from tf_frobreg.keras.select_kernels import Selection, select_kernels
+from tf_frobreg.keras.trace import InputSize
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, ModelSpectrum, report_kernel
 from tf_frobreg.tables import (
     UNKNOWN,
@@ -41,7 +41,7 @@ def model_spectrum(
     *,
     alpha: float | None = None,
     accuracy: float = 1e-4,
-    input_size: Size | None = None,
+    input_size: InputSize | None = None,
     sigma_min: bool = True,
     max_iterations: int = 1000,
     start: Sequence[KernelSpectrum] | None = None,
@@ -58,8 +58,8 @@ def model_spectrum(
         alpha: α of R_α, the target of σ². Positive. None takes α of each kernel's own Frobenius penalty, and
             1 for kernels without one.
         accuracy: Below 1. The error estimate of σmax to reach, relative to σmax.
-        input_size: Size of the input images, an int or one int per axis, if the model leaves it open. The
-            model is then called once, on zeros.
+        input_size: Size of the input images, an int or one int per axis, if the model leaves it open. A dict
+            gives several sizes by the names of inputs or layers.
         sigma_min: Whether to search for σmin. σmax alone takes much less time.
         max_iterations: Approximate limit on products with the Gram matrix, for each singular value and each
             solver.
@@ -69,9 +69,8 @@ def model_spectrum(
     Returns:
         A `ModelSpectrum`, a list that prints as a table. It holds one `KernelSpectrum` per kernel, in the
         order of the layers. Then one with a reason for each layer that has a matrix but cannot be measured. A
-        row has the name of the layer, or its path if the name is
-        not unique. The two kernels of a separable convolution are "<layer>/depthwise" and
-        "<layer>/pointwise".
+        row has the name of the layer, or its path if the name is not unique. The two kernels of a separable
+        convolution are "<layer>/depthwise" and "<layer>/pointwise".
 
     Raises:
         ValueError: If an argument is invalid, or the model has not been built.
@@ -255,7 +254,7 @@ def regularize_model(
     padding: str | None = None,
     max_steps: int = 1000,
     tolerance: float = 0.01,
-    input_size: Size | None = None,
+    input_size: InputSize | None = None,
     callback: Callable[[str, int, np.ndarray, float], bool | None] | None = None,
     learning_rate: Any = "exact",
     direction: str | None = None,
@@ -284,7 +283,8 @@ def regularize_model(
         padding: None for the padding of each layer. "circular" regularizes the operators without border.
         max_steps: Maximal number of steps of each descent.
         tolerance: Stop a descent if max(|σmax − √α|, |σmin − √α|), equation (1.1), is at most this.
-        input_size: Size of the input images, an int or one int per axis, if the model leaves it open.
+        input_size: Size of the input images, an int or one int per axis, if the model leaves it open. A dict
+            gives several sizes by the names of inputs or layers.
         callback: Called as `callback(name, step, kernel, penalty)` at every step. A true value stops this
             descent, and the kernels after it are left as they are.
         learning_rate: λ, see `regularize_kernel`: "exact", "paper", a number, a function of the step or a
@@ -302,7 +302,8 @@ def regularize_model(
         reached, converged or not.
 
     Raises:
-        ValueError: If an argument is invalid, or a kernel holds NaN or infinity. No kernel is changed then.
+        ValueError: If an argument is invalid, no kernel is left to regularize, or a kernel holds NaN or
+            infinity. No kernel is changed then.
         TypeError: If an argument has the wrong type. No kernel is changed then.
 
     Example:
@@ -328,6 +329,9 @@ def regularize_model(
             )
         else:
             kernels.append(kernel.with_padding(padding))
+    if not kernels:
+        reasons = "; ".join(f"{names}: {reason}" for reason, names in names_by_reason(left_out).items())
+        raise ValueError(f"model must have a kernel to regularize. Received: {reasons or 'none'}")
     descent, stop = ModelDescent({}, left_out), _StopRequest(callback)
     for kernel in kernels:
         if stop.requested:
