@@ -48,7 +48,6 @@ __all__ = [
     "FrobeniusInitializer",
     "FrobeniusRegularizer",
     "FunctionRegularizer",
-    "FunctionRegularizer",
     "Geometry",
     "KernelSpectrum",
     "ModelDescent",

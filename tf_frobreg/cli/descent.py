@@ -155,13 +155,6 @@ def _regularize_model(options: RegularizeOptions) -> int:
                 callback=_follower(progress, stop, options.max_steps, LOSS_IGNORED),
                 **_descent_arguments(options),
             )
-        if not descent.results:
-            reasons = (
-                "; ".join(f"{name}: {reason}" for name, reason in descent.left_out.items()) or "it has none"
-            )
-            raise BadInput(
-                f"FILE must have a kernel that can be regularized ({reasons}). Received: {options.file}"
-            )
         stop.writing = True
         files["--output"].write_path(model.save)
         if "--plot" in files:

@@ -2,13 +2,13 @@
 
 import copy
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import keras
 
 from tf_frobreg.checks import check_choice, did_you_mean
-from tf_frobreg.convolution.geometry import Convolution, Geometry
+from tf_frobreg.convolution.geometry import Convolution
 from tf_frobreg.keras.attach_report import (
     CLASSES,
     AttachReport,
@@ -22,6 +22,7 @@ from tf_frobreg.keras.own_penalty import differences, penalised_convolution
 from tf_frobreg.keras.read_layers import LayerKernel, check_model, flat_layers, own_weights
 from tf_frobreg.keras.regularizers import (
     FunctionRegularizer,
+    Replacement,
     SumRegularizer,
     WeightedRegularizer,
     check_function,
@@ -142,24 +143,29 @@ def attach_regularizers(
     given = {"factor": factor, "alpha": alpha, "reduction": reduction, "padding": padding}
     values = _check_penalty(penalty, given)
     kernels, left_out = select_kernels(model, include, exclude, input_size)
-    report = AttachReport({}, left_out, {}, {}, {}, {}, model, [])
+    changes: list[Change] = []
+    report = AttachReport({}, left_out, {}, {}, {}, {}, model, changes)
     for kernel, own in zip(kernels, _overridden(values, overrides, kernels), strict=True):
         new = _build(penalty, kernel, own)  # also for kernels that are left out, to refuse invalid arguments
         if (reason := kernel.reason_to_skip(dtypes=DTYPES)) is not None:
             left_out[kernel.name] = reason
-        else:
-            _plan(report, kernel, new, existing)
+        elif (now := _plan(report, kernel, new, existing)) is not None:
+            changes.append(Change(kernel, now))
     if not (report.attached or report.kept or report.corrected):
         reasons = [f"{names}: {reason}" for reason, names in names_by_reason(left_out).items()]
         raise ValueError(
             "model must have a kernel that can get a penalty. Left out: "
             f"{'; '.join(reasons) or 'nothing, it has no convolution and no Dense layer'}"
         )
-    for kernel, now in report.changes:  # nothing has been changed before this point
+    for kernel, now in changes:  # nothing has been changed before this point
+        now.replaced, now.replaced_in_layer = (
+            kernel.variable.regularizer,
+            getattr(kernel.layer, kernel.regularizer),
+        )
         setattr(kernel.layer, kernel.regularizer, now)
         kernel.variable.regularizer = now
     forget_traces(model)
-    _add_remarks(report, existing)
+    _add_remarks(report, changes, unsaved_kernels(model, changes), existing)
     return report
 
 
@@ -272,14 +278,16 @@ def _build(penalty: Penalty, kernel: LayerKernel, values: Mapping[str, Any]) -> 
     with kernel.naming_errors():
         if not isinstance(penalty, str):
             return FunctionRegularizer(penalty, conv.input_size, **weights, **conv.geometry)
-        kind = CLASSES[penalty]
+        kind: Any = CLASSES[penalty]
         if not issubclass(kind, TakesGeometry):
             return kind(**weights)
         return kind(conv.input_size, **weights, **conv.geometry)
 
 
-def _plan(report: AttachReport, kernel: LayerKernel, new: WeightedRegularizer, existing: str) -> None:
-    """Writes into the report what becomes of a kernel's regularizer, without changing it."""
+def _plan(
+    report: AttachReport, kernel: LayerKernel, new: WeightedRegularizer, existing: str
+) -> Replacement | None:
+    """Writes into the report what becomes of a kernel's regularizer, and returns the new one if any."""
     name = kernel.name
     before = rest = kernel.variable.regularizer
     wrong = [] if existing == "replace" else _mismatches(before, kernel)
@@ -294,17 +302,14 @@ def _plan(report: AttachReport, kernel: LayerKernel, new: WeightedRegularizer, e
         report.remarks[name] = f'it has {words}: existing="correct" corrects it'
     if existing == "keep" and before is not None:
         report.kept[name] = f"it has {label(before)} already"
-        return
+        return None
     if existing == "replace" or not _has_same(before, new):
         report.attached[name] = new
-        now = new if rest is None or existing == "replace" else SumRegularizer([rest, new])
-    elif rest is not before:
-        now = rest
-    else:
-        report.kept[name] = f"it has {label(new)} already"
-        return
-    now.replaced, now.replaced_in_layer = before, getattr(kernel.layer, kernel.regularizer)
-    report.changes.append(Change(kernel, now))
+        return new if rest is None or existing == "replace" else SumRegularizer([rest, new])
+    if rest is not before:
+        return rest
+    report.kept[name] = f"it has {label(new)} already"
+    return None
 
 
 def _mismatches(regularizer: Any, kernel: LayerKernel) -> list[Any]:
@@ -355,10 +360,11 @@ def _is_same(function: Any, other: Any) -> bool:
     return function == other or (codes[0] is not None and codes[0] == codes[1] and not is_closure)
 
 
-def _add_remarks(report: AttachReport, existing: str) -> None:
+def _add_remarks(
+    report: AttachReport, changes: Sequence[Change], unsaved: Collection[str], existing: str
+) -> None:
     """Writes into the report what else the user should know about the changed kernels."""
-    unsaved = unsaved_kernels(report.model, report.changes)
-    for kernel, now in report.changes:
+    for kernel, now in changes:
         name, remarks = kernel.name, []
         if name in report.remarks:
             remarks.append(report.remarks[name])

@@ -1,0 +1,245 @@
+"""The report of `attach_regularizers`: what was attached, as a table, and how to take it off again."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from tf_frobreg.keras.layer_geometry import TakesGeometry
+from tf_frobreg.keras.read_layers import LayerKernel
+from tf_frobreg.keras.regularizers import (
+    FrobeniusRegularizer,
+    FunctionRegularizer,
+    Replacement,
+    ReshapedRegularizer,
+    SpectralRegularizer,
+    WeightedRegularizer,
+    function_name,
+    regularizer_parts,
+)
+from tf_frobreg.tables import UNKNOWN, Row, html_report, known_columns, names_by_reason, text_report
+
+__all__ = ["AttachReport"]
+
+# The built-in penalties by the names that `attach_regularizers` takes.
+CLASSES: dict[str, type[WeightedRegularizer]] = {
+    "frobenius": FrobeniusRegularizer,
+    "spectral": SpectralRegularizer,
+    "reshaped": ReshapedRegularizer,
+}
+LEFT_COLUMNS = ("kernel", "penalty", "reduction", "geometry", "remark")
+# Columns that a narrow terminal lacks, the first one first.
+OPTIONAL_COLUMNS = ("geometry", "reduction", "α", "image")
+VALUES = ("factor", "scale", "alpha", "reduction", "input_size")
+GEOMETRY = ("strides", "padding", "dilation_rate", "groups", "kind")
+
+
+class Change(NamedTuple):
+    """A kernel whose regularizer was changed.
+
+    Attributes:
+        kernel: The kernel.
+        now: The regularizer that it got. `now.replaced` is the one before.
+    """
+
+    kernel: LayerKernel
+    now: Replacement
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class AttachReport:
+    """What `attach_regularizers` did. `print(report)` shows a table with one row per kernel.
+
+    A terminal that is too narrow lacks some columns.
+
+    Attributes:
+        attached: The new regularizer of each kernel, by the kernel's name.
+        left_out: Why other kernels and layers have none, by their names.
+        remarks: What else you should know, by the kernel's name: which regularizer the penalty was added to
+            or replaced, other image sizes of a shared layer, whether the image size is that of an earlier
+            call, whether a saved model lacks the penalty, and how an earlier penalty differs from the layer.
+        kept: Why some kernels keep the regularizer that they had and got no other, by their names.
+        corrected: Penalties with the layer's geometry that took the place of others, by the kernel's name.
+            See `existing="correct"`.
+        mismatched: How the geometry of an earlier penalty differs from the layer's, by the kernel's name.
+
+    Example:
+        >>> from tf_frobreg import attach_regularizers
+        >>> model = keras.Sequential([
+        ...     keras.Input((8, 8, 1)), keras.layers.Conv2D(4, 3, kernel_regularizer="l2", name="conv"),
+        ...     keras.layers.Dense(2, name="top")])
+        >>> report = attach_regularizers(model, exclude="top")
+        >>> print(report)
+        attached 1, left out 1, kept 0
+        <BLANKLINE>
+        kernel  factor  α  reduction  image  geometry  remark
+        ──────────────────────────────────────────────────────────
+        conv      0.01  1  mean         8×8  valid     added to L2
+        <BLANKLINE>
+        Left out: top: excluded
+        >>> report
+        AttachReport: attached 1, left out 1, kept 0
+        >>> report.attached["conv"].input_size, report.left_out, report.remarks
+        ((8, 8), {'top': 'excluded'}, {'conv': 'added to L2'})
+        >>> [(record["layer"], record["factor"], record["reason"]) for record in report.records()]
+        [('conv', 0.01, None), ('top', None, 'excluded')]
+        >>> report.detach()
+    """
+
+    attached: dict[str, Any]
+    left_out: dict[str, str]
+    remarks: dict[str, str]
+    kept: dict[str, str]
+    corrected: dict[str, list[Any]]
+    mismatched: dict[str, str]
+    _model: keras.layers.Layer
+    _changes: Sequence[Change]
+
+    def detach(self) -> None:
+        """Puts back the regularizers that were there before. What was set since then stays."""
+        for kernel, now in self._changes:
+            now.detached = True
+            if getattr(kernel.layer, kernel.regularizer) is now:
+                setattr(kernel.layer, kernel.regularizer, _in_use(now, "replaced_in_layer"))
+            for weight in kernel.layer.weights:  # with LoRA the two factors have the kernel's regularizer
+                if weight.regularizer is now:
+                    weight.regularizer = _in_use(now, "replaced")
+        forget_traces(self._model)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns flat plain values: `pandas.DataFrame(report.records())` is a table.
+
+        Returns:
+            One dict per penalty, then one for each kernel or layer without a new one. "status" is "attached",
+            "corrected", "kept" or "left out". What does not apply is None.
+        """
+        records = [
+            {
+                "layer": name,
+                "status": status,
+                "penalty": penalty_name(penalty),
+                **{key: getattr(penalty, key, None) for key in (*VALUES, *GEOMETRY)},
+                "remark": self.remarks.get(name),
+                "reason": None,
+            }
+            for name, status, penalty in self._penalties()
+        ]
+        for status, reasons in (("kept", self.kept), ("left out", self.left_out)):
+            for name, reason in reasons.items():
+                empty = dict.fromkeys(("penalty", *VALUES, *GEOMETRY))
+                remark = self.remarks.get(name)
+                records.append({"layer": name, "status": status, **empty, "remark": remark, "reason": reason})
+        return records
+
+    def __repr__(self) -> str:
+        return f"AttachReport: {self._summary()}"
+
+    def __str__(self) -> str:
+        hint = " records() holds all columns."
+        return text_report(*self._parts(), left=LEFT_COLUMNS, optional=OPTIONAL_COLUMNS, hint=hint)
+
+    def _repr_html_(self) -> str:
+        return html_report(*self._parts(), left=LEFT_COLUMNS)
+
+    def _penalties(self) -> list[tuple[str, str, WeightedRegularizer]]:
+        """Returns (kernel's name, status, penalty) of each row."""
+        rows = [(name, "attached", penalty) for name, penalty in self.attached.items()]
+        return rows + [(name, "corrected", new) for name, found in self.corrected.items() for new in found]
+
+    def _summary(self) -> str:
+        parts = [
+            f"attached {len(self.attached)}",
+            f"left out {len(self.left_out)}",
+            f"kept {len(self.kept)}",
+        ]
+        if self.corrected:
+            parts.append(f"corrected {len(self.corrected)}")
+        if self.mismatched:
+            parts.append(f"wrong geometry {len(self.mismatched)}")
+        return ", ".join(parts)
+
+    def _parts(self) -> tuple[str, list[Row], list[str]]:
+        penalties = self._penalties()
+        only_frobenius = all(penalty_name(penalty) == "frobenius" for _, _, penalty in penalties)
+        rows = [
+            {
+                "kernel": name,
+                "penalty": UNKNOWN if only_frobenius else penalty_name(penalty),
+                "factor": _factor(penalty),
+                "α": f"{penalty.alpha:g}" if hasattr(penalty, "alpha") else UNKNOWN,
+                "reduction": getattr(penalty, "reduction", UNKNOWN),
+                "image": times(getattr(penalty, "input_size", ())) or UNKNOWN,
+                "geometry": _describe(penalty),
+                "remark": self.remarks.get(name, UNKNOWN),
+            }
+            for name, _, penalty in penalties
+        ]
+        kept = {
+            name: "; ".join(filter(None, (reason, self.remarks.get(name))))
+            for name, reason in self.kept.items()
+        }
+        below = [f"Kept: {names}: {reason}" for reason, names in names_by_reason(kept).items()]
+        below += [f"Left out: {names}: {reason}" for reason, names in names_by_reason(self.left_out).items()]
+        return self._summary(), known_columns(rows), below
+
+
+def _in_use(regularizer: Any, replaced: str) -> Any:
+    """Follows detached regularizers to the one that is now in their place. `replaced` names the place."""
+    while isinstance(regularizer, Replacement) and regularizer.detached:
+        regularizer = getattr(regularizer, replaced)
+    return regularizer
+
+
+def forget_traces(model: keras.layers.Layer) -> None:
+    """Discards the functions that Keras traced before, because they do not have the new losses."""
+    for name in ("train_function", "test_function"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+
+
+def penalty_name(penalty: WeightedRegularizer) -> str:
+    """Returns the name by which `attach_regularizers` takes a penalty, or the name of its function."""
+    if isinstance(penalty, FunctionRegularizer):
+        return function_name(penalty.function)
+    names = (name for name, kind in CLASSES.items() if isinstance(penalty, kind))
+    return next(names, type(penalty).__name__)
+
+
+def label(regularizer: Any) -> str:
+    """Returns the names of a regularizer's parts."""
+    return " + ".join(map(_part_label, regularizer_parts(regularizer))) or "none"
+
+
+def _part_label(part: Any) -> str:
+    if isinstance(part, FunctionRegularizer):
+        return f"{type(part).__name__}({function_name(part.function)})"
+    return function_name(part)
+
+
+def times(size: int | Sequence[int | None]) -> str:
+    """Returns (3, 4) as 3×4."""
+    return "×".join(map(str, (size,) if isinstance(size, int) else size))
+
+
+def _factor(penalty: WeightedRegularizer) -> str:
+    """Returns the factor, and what `FactorSchedule` has multiplied it by."""
+    return f"{penalty.factor:g}" if penalty.scale == 1 else f"{penalty.factor:g} × {penalty.scale:g}"
+
+
+def _describe(penalty: WeightedRegularizer) -> str:
+    """Returns a layer's geometry in words, without what is 1."""
+    if not isinstance(penalty, TakesGeometry):
+        return UNKNOWN
+    if penalty.input_size == ():
+        return "Dense"
+    words = [penalty.padding]
+    for name, value in (("strides", penalty.strides), ("dilation_rate", penalty.dilation_rate)):
+        if np.any(np.not_equal(value, 1)):
+            words.append(f"{name} {times(value)}")
+    if penalty.groups != 1:
+        words.append(f"{penalty.groups} groups")
+    if penalty.kind != "conv":
+        words.append(penalty.kind)
+    return ", ".join(words)
