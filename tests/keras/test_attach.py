@@ -1,6 +1,7 @@
-"""Penalties on every layer of a model: which, how they train, how they are saved and taken off."""
+"""The Frobenius penalty on every layer of a model: how it trains, is saved and taken off."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -62,7 +63,7 @@ def test_the_loss_is_the_penalty_of_each_layer_of_the_grid(case):
     layer = case.layer(kernel)
     inputs = keras.Input((*case.image, case.channels), dtype="float64")
     model = keras.Model(inputs, layer(inputs))
-    report = attach_regularizers(model, factor=0.5, alpha=2.0)
+    report = attach_regularizers(model, factor=0.5, alpha=2.0, reduction="sum")
     assert len(report.attached) == 1
     expected = 0.5 * float(frobenius_penalty(kernel, case.image, alpha=2.0, **case.geometry))
     assert float(model.losses[0]) == pytest.approx(expected, rel=1e-12)
@@ -72,7 +73,7 @@ def test_channels_first_layers_are_read_too():
     """TensorFlow on CPUs cannot run them, but the geometry and the loss are those of the layer."""
     layer = LAYERS.Conv2D(4, 3, strides=2, padding="same", data_format="channels_first")
     layer.build((None, 2, 9, 7))
-    attach_regularizers(layer, factor=1.0)
+    attach_regularizers(layer, factor=1.0, reduction="sum")
     expected = frobenius_penalty(layer.kernel, (9, 7), strides=2)
     assert float(layer.losses[0]) == pytest.approx(float(expected), rel=1e-6)
 
@@ -83,8 +84,8 @@ def test_report_and_detach():
     report = attach_regularizers(model, factor=0.01, exclude="top")
     assert list(report.attached) == ["first", "separable/depthwise", "separable/pointwise", "up"]
     assert report.left_out == {"top": "excluded"}
-    line = "separable/depthwise  factor 0.01, α = 1, input 10×9, valid, strides 2×2, depthwise"
-    assert line in str(report).splitlines()
+    row = r"separable/depthwise +0.01 +1 +mean +10×9 +valid, strides 2×2, depthwise"
+    assert re.search(row, str(report))
     assert len(model.losses) == 4
     assert isinstance(model.get_layer("first").kernel_regularizer, SumRegularizer)
     report.detach()
@@ -96,7 +97,7 @@ def test_report_and_detach():
 def test_remarks_tell_what_became_of_a_regularizer():
     report = attach_regularizers(small_model(), include="first")
     assert report.remarks == {"first": "added to L2"}
-    assert str(report).splitlines()[0].endswith("input 10×9, same; added to L2")
+    assert re.search(r"first +0.01 +1 +mean +10×9 +same +added to L2", str(report))
     assert attach_regularizers(small_model(), existing="replace").remarks == {"first": "replaced L2"}
 
 
@@ -268,7 +269,7 @@ def test_detach_leaves_what_was_set_since():
 
 
 def test_an_existing_regularizer_is_added_to_replaced_or_kept():
-    penalty = {"factor": 1.0, "include": "first"}
+    penalty = {"factor": 1.0, "include": "first", "reduction": "sum"}
     model = small_model()
     (l2,) = (float(loss) for loss in model.losses)
     attach_regularizers(model, **penalty)
@@ -281,7 +282,7 @@ def test_an_existing_regularizer_is_added_to_replaced_or_kept():
     model = small_model()
     report = attach_regularizers(model, **penalty, existing="keep")
     assert report.attached == {}
-    assert report.left_out["first"] == "it has L2 already"
+    assert report.kept == {"first": "it has L2 already"}
 
 
 def test_a_penalty_is_not_attached_twice():
@@ -289,18 +290,18 @@ def test_a_penalty_is_not_attached_twice():
     attach_regularizers(model)
     losses = [float(loss) for loss in model.losses]
     report = attach_regularizers(model)
-    assert not report.attached
-    assert set(report.left_out.values()) == {"it has FrobeniusRegularizer already"}
+    assert (report.attached, report.left_out) == ({}, {})
+    assert set(report.kept.values()) == {"it has FrobeniusRegularizer already"}
     assert [float(loss) for loss in model.losses] == losses
     again = attach_regularizers(model, factor=2e-4, existing="replace")
     assert len(again.attached) == 5
 
 
 def test_overrides():
-    overrides = {"*": {"reduction": "mean"}, "separable": {"factor": 0.5, "alpha": 2.0}}
+    overrides = {"*": {"reduction": "sum"}, "separable": {"factor": 0.5, "alpha": 2.0}}
     overrides["first"] = {"padding": "circular"}
     report = attach_regularizers(small_model(), factor=0.1, overrides=overrides)
-    assert {penalty.reduction for penalty in report.attached.values()} == {"mean"}
+    assert {penalty.reduction for penalty in report.attached.values()} == {"sum"}
     depthwise = report.attached["separable/depthwise"]
     assert (depthwise.factor, depthwise.alpha) == (0.5, 2.0)
     assert report.attached["first"].padding == "circular"
@@ -367,7 +368,8 @@ def test_float64():
 
 
 def test_kernels_in_half_precision_are_left_out():
-    model = keras.Sequential([keras.Input((6, 6, 1)), LAYERS.Conv2D(2, 3, dtype="float16", name="half")])
+    half = LAYERS.Conv2D(2, 3, dtype="float16", name="half")
+    model = keras.Sequential([keras.Input((6, 6, 1)), half, LAYERS.Dense(2)])
     assert attach_regularizers(model).left_out == {"half": "its kernel is float16"}
 
 
@@ -444,9 +446,9 @@ def test_a_penalty_inside_a_sum_of_sums_is_found():
     conv = LAYERS.Conv2D(2, 3, kernel_regularizer=outer, name="conv")
     model = keras.Sequential([keras.Input((6, 6, 1)), conv])
     report = attach_regularizers(model)
-    assert report.left_out == {"conv": "it has FrobeniusRegularizer already"}
+    assert report.kept == {"conv": "it has FrobeniusRegularizer already"}
     kept = attach_regularizers(model, existing="keep")
-    assert kept.left_out == {"conv": "it has L2 + FrobeniusRegularizer + L1 already"}
+    assert kept.kept == {"conv": "it has L2 + FrobeniusRegularizer + L1 already"}
     assert detach_regularizers(model) == ["conv"]
     assert [type(part).__name__ for part in conv.kernel_regularizer.regularizers] == ["L2", "L1"]
     assert float(model.losses[0]) == pytest.approx(float(keras.regularizers.L1L2(0.1, 0.1)(conv.kernel)))
@@ -521,6 +523,11 @@ def test_nothing_is_attached_where_something_is_wrong():
         ({"overrides": {"x": {}}}, ValueError, "overrides must match a layer"),
         ({"overrides": {"top": {"size": 3}}}, ValueError, "overrides must map names to dicts of factor"),
         (
+            {"overrides": {"top": {"faktor": 3}}},
+            ValueError,
+            "dicts of factor, alpha, reduction, padding. .*did you mean 'factor'",
+        ),
+        (
             {"overrides": {"top": {"factor": "big"}}},
             TypeError,
             "factor must be a number .*'big', for layer 'top'",
@@ -555,7 +562,8 @@ def test_real_architectures(name, tmp_path):
     kinds = (LAYERS.Conv2D, LAYERS.DepthwiseConv2D, LAYERS.Dense)
     expected = sum(isinstance(layer, kinds) for layer in model.layers)
     assert (len(report.attached), report.left_out) == (expected, {})
-    assert len(str(report).splitlines()) == expected
+    assert len(str(report).splitlines()) == expected + 4  # the first line, an empty one and the head
+    assert repr(report) == f"AttachReport: attached {expected}, left out 0, kept 0"
     assert len(model.losses) == expected > 50
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
     x, y = np.random.RandomState(0).rand(1, 224, 224, 3).astype("float32"), np.array([0])

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from oracles import dense_penalty, naive_matrix
 
 import tf_frobreg
 
@@ -131,6 +132,16 @@ def test_old_regularizers_have_the_values_they_had(get):
     assert float(get(old_text("SumRegularizer"))(kernel)) == pytest.approx(float(both), rel=1e-6)
     scaled = 0.25 * 0.5 * tf_frobreg.reshaped_penalty(kernel)
     assert float(get(old_text("ReshapedRegularizer"))(kernel)) == pytest.approx(float(scaled), rel=1e-12)
+
+
+def test_an_old_sum_stays_a_sum():
+    """The defaults are "mean" and 0.01 now. Every text that was saved holds both values."""
+    config = OLD["FrobeniusRegularizer"][1] | {"reduction": "sum", "factor": 1e-4}
+    text = old_text("FrobeniusRegularizer") | {"config": config}
+    kernel = np.random.RandomState(0).randn(3, 3, 1, 4)
+    matrix = naive_matrix(kernel, (8, 9), (1, 2), "valid", groups=2)
+    found = keras.regularizers.get(text)(kernel)
+    assert float(found) == pytest.approx(1e-4 * dense_penalty(matrix, 2.0), rel=1e-12)
 
 
 def test_an_old_initializer_and_constraint_work():

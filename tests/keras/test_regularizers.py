@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from geometries import KERAS_CASES, label
+from oracles import dense_penalty, naive_matrix
 
 from tf_frobreg import (
     FrobeniusRegularizer,
+    FunctionRegularizer,
+    ReshapedRegularizer,
+    SpectralRegularizer,
     SumRegularizer,
     frobenius_penalty,
     penalty_excess,
@@ -22,7 +26,7 @@ from tf_frobreg.keras.regularizers import regularizer_parts
 
 def small_model(**options):
     keras.utils.set_random_seed(1)
-    regularizer = FrobeniusRegularizer(8, 1e-2, **options)
+    regularizer = FrobeniusRegularizer(8, **{"factor": 1e-2, "reduction": "sum"} | options)
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
@@ -55,9 +59,9 @@ def test_is_a_keras_regularizer():
 def test_value_is_factor_times_penalty(case):
     kernel = case.kernel()
     expected = frobenius_penalty(kernel, case.image, alpha=2.0, **case.geometry).numpy()
-    total = FrobeniusRegularizer(case.image, 0.3, 2.0, **case.geometry)
+    total = FrobeniusRegularizer(case.image, 0.3, 2.0, reduction="sum", **case.geometry)
     assert total(kernel).numpy() == pytest.approx(0.3 * expected, rel=1e-14)
-    mean = FrobeniusRegularizer(case.image, 0.3, 2.0, reduction="mean", **case.geometry)
+    mean = FrobeniusRegularizer(case.image, 0.3, 2.0, **case.geometry)
     columns = int(np.prod(case.image)) * case.channels
     assert mean(kernel).numpy() == pytest.approx(0.3 * expected / columns, rel=1e-14)
 
@@ -120,7 +124,13 @@ def test_saved_model_has_the_same_loss_in_a_new_process(tmp_path):
 
 def test_config_is_plain_and_round_trips():
     regularizer = FrobeniusRegularizer(
-        np.array([8, 9]), np.float32(0.5), 2, strides=(1, 2), padding="valid", groups=np.int64(2)
+        np.array([8, 9]),
+        np.float32(0.5),
+        2,
+        strides=(1, 2),
+        padding="valid",
+        groups=np.int64(2),
+        reduction="sum",
     )
     config = regularizer.get_config()
     assert config == {
@@ -138,6 +148,43 @@ def test_config_is_plain_and_round_trips():
     assert json.loads(json.dumps(config)) == config
     again = keras.regularizers.deserialize(keras.regularizers.serialize(regularizer))
     assert again.get_config() == config
+
+
+def test_the_defaults_are_the_advice():
+    for penalty in (FrobeniusRegularizer(8), SpectralRegularizer(8), ReshapedRegularizer()):
+        assert (penalty.factor, penalty.alpha) == (0.01, 1.0)
+    assert FrobeniusRegularizer(8).reduction == "mean"
+    kernel = np.random.RandomState(0).randn(3, 3, 2, 3)
+    matrix = naive_matrix(kernel, 8)
+    expected = 0.01 * dense_penalty(matrix) / matrix.shape[1]
+    assert float(FrobeniusRegularizer(8)(kernel)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_every_configuration_says_factor_and_reduction():
+    """A later default cannot change what a saved model means."""
+    config = FrobeniusRegularizer(8).get_config()
+    assert (config["factor"], config["reduction"]) == (0.01, "mean")
+    for penalty in (SpectralRegularizer(8), ReshapedRegularizer()):
+        assert penalty.get_config()["factor"] == 0.01
+
+
+@pytest.mark.parametrize("kind", [keras.Variable, tf.Variable], ids=["keras", "tf"])
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("factor", lambda value: FrobeniusRegularizer(8, value)),
+        ("alpha", lambda value: FrobeniusRegularizer(8, alpha=value)),
+        ("scale", lambda value: FrobeniusRegularizer(8, scale=value)),
+        ("factor", lambda value: SpectralRegularizer(8, value)),
+        ("alpha", lambda value: SpectralRegularizer(8, alpha=value)),
+        ("factor", ReshapedRegularizer),
+        ("alpha", lambda value: ReshapedRegularizer(alpha=value)),
+        ("factor", lambda value: FunctionRegularizer(lambda kernel, convolution: 0.0, 8, value)),
+    ],
+)
+def test_a_variable_would_be_frozen_and_is_refused(kind, name, build):
+    with pytest.raises(TypeError, match=f"{name} must be a number, not a variable.*frozen.*FactorSchedule"):
+        build(kind(0.5))
 
 
 def test_mixed_precision_penalises_the_float32_variable():

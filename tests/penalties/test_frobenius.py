@@ -279,8 +279,8 @@ def test_both_parts_of_a_separable_convolution(rank):
         depth_multiplier=2,
         use_bias=False,
         dtype="float64",
-        depthwise_regularizer=FrobeniusRegularizer(image, 1.0, strides=2, kind="depthwise"),
-        pointwise_regularizer=FrobeniusRegularizer(tuple(-(-n // 2) for n in image), 1.0),
+        depthwise_regularizer=FrobeniusRegularizer(image, 1.0, strides=2, kind="depthwise", reduction="sum"),
+        pointwise_regularizer=FrobeniusRegularizer(tuple(-(-n // 2) for n in image), 1.0, reduction="sum"),
     )
     layer.build((None, *image, 3))
     depthwise, pointwise = (weight.numpy() for weight in layer.weights)

@@ -384,9 +384,9 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
         result = self.function(kernel, self.convolution(kernel.shape))
         try:
             value = tf.cast(result, kernel.dtype)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, tf.errors.OpError):
             value = None
-        if value is None or value.shape.rank != 0:
+        if value is None or value.shape.rank not in (0, None):
             found = reprlib.repr(result) if value is None else f"a tensor of shape {value.shape}"
             raise ValueError(
                 f"function {function_name(self.function)} must return a scalar. Received: {found}"

@@ -1,6 +1,7 @@
 """Follows one call of a model without data, and notes the shapes that its layers see."""
 
 import contextlib
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -129,11 +130,11 @@ def trace_model(
 
 
 def _cause(error: Exception) -> str:
-    """Returns the cause at the end of Keras' nested messages, on one line."""
-    text = " ".join(str(error).split())
-    for introduction in ("Error encountered: ", "Exception encountered: "):
-        text = text.rpartition(introduction)[2]
-    return text[:200] or type(error).__name__
+    """Returns the cause in Keras' nested messages, on one line and without colours."""
+    text = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+    text = text.rpartition("Error encountered: ")[2]
+    text = re.sub(r"^Exception encountered when calling \S+ ", "", text)
+    return text.partition(" Arguments received by")[0][:200] or type(error).__name__
 
 
 def _is_missing(layer: keras.layers.Layer, shapes: Mapping[int, Sequence[Shape]]) -> bool:
