@@ -553,11 +553,10 @@ def test_unbuilt_models_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "EfficientNetB0", "DenseNet121"])
-def test_real_architectures(name, tmp_path):
-    """Attached, trained for a step, saved, loaded; every convolution and Dense layer is counted."""
+def test_a_real_architecture(tmp_path):
+    """Attached, trained for a step, saved, loaded. test_applications reads one network of each family."""
     keras.utils.set_random_seed(1)
-    model = getattr(keras.applications, name)(weights=None, classes=4)  # at its usual 224×224
+    model = keras.applications.MobileNetV2(weights=None, classes=4)  # at its usual 224×224
     report = attach_regularizers(model, reduction="mean")
     kinds = (LAYERS.Conv2D, LAYERS.DepthwiseConv2D, LAYERS.Dense)
     expected = sum(isinstance(layer, kinds) for layer in model.layers)

@@ -232,7 +232,7 @@ def _check_penalty(penalty: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         if name not in names and value is not default and value != default:
             kind = f"penalty={penalty!r}" if isinstance(penalty, str) else "a function as penalty"
             raise ValueError(
-                f"{name} must not be given with {kind}, which takes {' and '.join(names)}. "
+                f"{name} must not be given with {kind}, which takes {', '.join(names)}. "
                 f"Received: {name}={reprlib.repr(value)}"
             )
     values = {name: given[name] for name in names}
