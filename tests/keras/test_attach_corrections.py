@@ -76,7 +76,7 @@ def test_a_model_at_another_size_has_the_penalties_of_the_old_size():
     }
     assert f"Kept: down: it has FrobeniusRegularizer already; {report.remarks['down']}" in str(report)
     assert losses(big) == before
-    report = attach_regularizers(big, factor=0.125, alpha=0.5, existing="correct")  # for new penalties only
+    report = attach_regularizers(big, factor=0.125, alpha=0.5, existing="correct")  # factor and α stay
     assert repr(report) == "AttachReport: attached 0, left out 0, kept 1, corrected 2"
     assert losses(big) == losses_by_impulses(big, 0.5, 2.0)
     assert report.kept == {"top": "it has FrobeniusRegularizer already"}
@@ -193,14 +193,21 @@ def test_penalties_in_sums_keep_all_but_their_geometry():
     assert losses(model)[0] == pytest.approx(before[0], rel=1e-2)
 
 
-def test_another_penalty_is_added_to_a_corrected_one():
+def test_correcting_adds_nothing():
     model, layer = layer_with(WRONG["input_size"])
     report = attach_regularizers(model, penalty="spectral", existing="correct")
-    assert repr(report) == "AttachReport: attached 1, left out 0, kept 0, corrected 1"
-    assert report.remarks["conv"].endswith("added to FrobeniusRegularizer")
-    assert layer.kernel_regularizer.regularizers == [*report.corrected["conv"], report.attached["conv"]]
+    assert repr(report) == "AttachReport: attached 0, left out 0, kept 0, corrected 1"
+    assert layer.kernel_regularizer is report.corrected["conv"][0]
     report.detach()
     assert layer.kernel_regularizer is WRONG["input_size"]
+    plain, layer = layer_with(keras.regularizers.L2(0.1))
+    with pytest.raises(ValueError, match="Left out: conv: it has no penalty to correct"):
+        attach_regularizers(plain, existing="correct")
+    assert isinstance(layer.kernel_regularizer, keras.regularizers.L2)
+
+
+def test_another_penalty_is_added_to_a_wrong_one():
+    model, _ = layer_with(WRONG["input_size"])
     report = attach_regularizers(model, penalty="spectral")
     assert list(report.mismatched) == ["conv"]
     assert 'existing="correct" corrects it; added to FrobeniusRegularizer' in report.remarks["conv"]

@@ -162,7 +162,7 @@ def test_a_layer_that_the_model_never_called_is_named():
     found = read_kernels(model)
     assert [kernel.name for kernel in found.kernels] == ["used"]
     assert [(layer.name, layer.reason) for layer in found.untreated] == [
-        ("unused", "it has not been built: no call of the model has reached it")
+        ("unused", "it has not been built: call the model on a batch that reaches it")
     ]
 
 

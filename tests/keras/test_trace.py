@@ -97,6 +97,10 @@ def test_several_open_inputs_get_their_sizes_by_name(two_sizes):
         ({"left": (6, 5, 4)}, "must be an int or 2 ints for an input of shape"),
         ({"left": 0, "right": 3}, "input_size must be at least 1"),
         ({"left": 9, "right": 2}, "input_size must suit the model, which fails on such images"),
+        (
+            {"left": 6, "a": 7},
+            r"must not be given for layer 'a': the model applies it to images of size \(6, 6\)",
+        ),
         ({"b": (2, 3)}, None),
     ],
 )
@@ -210,7 +214,7 @@ def test_following_a_model_changes_nothing():
 
 def test_a_recorded_size_is_remarked():
     model = Net("with a spare layer")
-    model.spare.build((None, 7, 7, 2))
+    model.spare(np.zeros((1, 7, 7, 2)))
     model(np.zeros((1, 6, 6, 2)))
     with pytest.warns(UserWarning, match="The image size of spare is that of an earlier call, because the"):
         kernels = read_kernels(model).kernels

@@ -36,7 +36,7 @@ class KernelPlace(NamedTuple):
 def why_unsupported(layer: keras.layers.Layer) -> str | None:
     """Returns why the kernel of a convolution or Dense layer does not determine its matrix, or None."""
     if not layer.built:
-        return "it has not been built: no call of the model has reached it"
+        return "it has not been built: call the model on a batch that reaches it"
     base = next(known for known in KNOWN if isinstance(layer, known))
     for method in ("call", "convolution_op"):
         if getattr(type(layer), method, None) is not getattr(base, method, None):

@@ -100,8 +100,8 @@ def attach_regularizers(
             `reduction` or `padding`. If several names match a kernel, the last one wins.
         existing: What happens to a regularizer that a kernel already has. "add" keeps it and adds the
             penalty, but never a second one of the same class or function. "replace" removes it. "keep" leaves
-            the kernel as it is. "correct" is like "add", but penalties of this package get the layer's
-            geometry if theirs differs. Their factor, α and other values stay.
+            the kernel as it is. "correct" adds nothing: penalties of this package get the layer's geometry if
+            theirs differs, and keep their factor, α and other values.
         input_size: Size of the input images, an int or one int per axis, if the model leaves it open. A dict
             maps names of inputs or layers to sizes.
 
@@ -303,11 +303,15 @@ def _plan(
     if existing == "keep" and before is not None:
         report.kept[name] = f"it has {label(before)} already"
         return None
+    if existing == "correct":
+        if rest is before and _has_penalty(before):
+            report.kept[name] = f"it has {label(before)} already"
+        elif rest is before:
+            report.left_out[name] = "it has no penalty to correct"
+        return rest if rest is not before else None
     if existing == "replace" or not _has_same(before, new):
         report.attached[name] = new
         return new if rest is None or existing == "replace" else SumRegularizer([rest, new])
-    if rest is not before:
-        return rest
     report.kept[name] = f"it has {label(new)} already"
     return None
 

@@ -194,11 +194,20 @@ def check_model(model: Any) -> None:
 def _read_layer(
     layer: keras.layers.Layer, name: str, trace: Trace, given: Size | None
 ) -> list[LayerKernel] | UntreatedLayer:
-    """Returns the kernels of a convolution or Dense layer, or why it has none that can be treated."""
+    """Returns the kernels of a convolution or Dense layer, or why it has none that can be treated.
+
+    Raises:
+        ValueError: If a size is given for a layer that has one.
+    """
     if (reason := why_unsupported(layer)) is not None:
         return UntreatedLayer(name, layer, reason)
     seen = trace.shapes.get(id(layer))
     sizes = image_sizes(layer, seen or recorded_shapes(layer))
+    if given is not None and seen and None not in sizes[0]:
+        raise ValueError(
+            f"input_size must not be given for layer {name!r}: the model applies it to images of size "
+            f"{sizes[0]}. Received: input_size={{{name!r}: {given!r}}}"
+        )
     size: Any = given if given is not None else next(iter(sizes), None)
     if size is None:
         return UntreatedLayer(name, layer, "the shape of its input is not recorded")
@@ -210,7 +219,9 @@ def _read_layer(
     except (ValueError, TypeError, AttributeError) as error:  # for example an attribute that was replaced
         return UntreatedLayer(name, layer, str(error))
     other_sizes = tuple(other for other in sizes[1:] if None not in other) if given is None else ()
-    is_recorded = seen is None and given is None and sizes != [()]
+    # In the `build` of its model a layer has been built but never called. It has no other size.
+    is_known = trace.problem is not None and not getattr(layer, "_called", True)
+    is_recorded = seen is None and given is None and sizes != [()] and not is_known
     return [
         LayerKernel(
             f"{name}/{place.part}" if place.part else name,
