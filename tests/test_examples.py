@@ -126,7 +126,7 @@ def test_custom_loop():
     penalties = [float(line.rpartition(" ")[2]) for line in printed.splitlines() if line.startswith("epoch")]
     assert len(penalties) == 3
     assert penalties[-1] < penalties[0]
-    assert "top    - excluded" in printed
+    assert "Left out: top: excluded" in printed
 
 
 def test_two_workers_have_the_losses_of_one(tmp_path):
