@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 
+from tf_frobreg import attach_regularizers
+
 
 def small_model(**options):
     """Two convolutions with these options, each with 3 filters on images of 8×8×3."""
@@ -33,3 +35,28 @@ def named_model(dtype=None):
             keras.layers.Dense(4, name="top"),
         ]
     )
+
+
+def penalised_model(factor=0.01, **options):
+    """A convolution with a penalty of that factor and a Dense layer, on images of 8×8×2, compiled."""
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            keras.layers.Conv2D(4, 3, padding="same", activation="relu", name="conv"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(1, name="top"),
+        ]
+    )
+    if factor:
+        attach_regularizers(model, factor, reduction="mean", include="conv")
+    model.compile(keras.optimizers.SGD(0.01), "mse", **options)
+    return model
+
+
+def fit_epochs(model, *callbacks, batch_size=8, epochs=3, initial_epoch=0):
+    """Trains a `penalised_model` on random data. Returns the logs of the epochs."""
+    random = np.random.RandomState(0)
+    x, y = random.rand(32, 8, 8, 2).astype("float32"), random.rand(32, 1).astype("float32")
+    options = {"batch_size": batch_size, "shuffle": False, "verbose": 0, "initial_epoch": initial_epoch}
+    return model.fit(x, y, epochs=epochs, callbacks=list(callbacks), **options).history

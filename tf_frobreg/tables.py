@@ -5,6 +5,7 @@ import io
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar
 
 from rich import box
 from rich.cells import cell_len
@@ -133,6 +134,29 @@ def html_report(
     """Returns the same as HTML. Everything in it is escaped."""
     table = html_table(rows, summary, left=left) if rows else f"<p>{html.escape(summary)}</p>"
     return "\n".join([table, *(f"<p>{html.escape(remark)}</p>" for remark in remarks)])
+
+
+class Report:
+    """A result that prints as a first line, a table and remarks, and shows the same in a notebook.
+
+    Attributes:
+        left_columns: Columns that are aligned to the left.
+        optional_columns: Columns that a narrow terminal lacks, the first one first.
+    """
+
+    left_columns: ClassVar[Collection[str]] = ()
+    optional_columns: ClassVar[Sequence[str]] = ()
+
+    def _parts(self) -> tuple[str, Sequence[Row], Sequence[str]]:
+        """Returns the first line, the rows of the table, and the remarks."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        hint = " records() holds all columns."
+        return text_report(*self._parts(), left=self.left_columns, optional=self.optional_columns, hint=hint)
+
+    def _repr_html_(self) -> str:
+        return html_report(*self._parts(), left=self.left_columns)
 
 
 def known_columns(rows: Sequence[Row]) -> list[Row]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from oracles import dense_penalty, impulse_matrix, naive_matrix
+from small_models import fit_epochs, penalised_model
 
 import tf_frobreg.keras.callbacks
 from tf_frobreg import (
@@ -26,34 +27,11 @@ from tf_frobreg import (
 LAYERS = keras.layers
 
 
-def small_model(factor=0.01, **options):
-    keras.utils.set_random_seed(1)
-    model = keras.Sequential(
-        [
-            keras.Input((8, 8, 2)),
-            LAYERS.Conv2D(4, 3, padding="same", activation="relu", name="conv"),
-            LAYERS.Flatten(),
-            LAYERS.Dense(1, name="top"),
-        ]
-    )
-    if factor:
-        attach_regularizers(model, factor, reduction="mean", include="conv")
-    model.compile(keras.optimizers.SGD(0.01), "mse", **options)
-    return model
-
-
-def fit(model, *callbacks, batch_size=8, epochs=3, initial_epoch=0):
-    random = np.random.RandomState(0)
-    x, y = random.rand(32, 8, 8, 2).astype("float32"), random.rand(32, 1).astype("float32")
-    options = {"batch_size": batch_size, "shuffle": False, "verbose": 0, "initial_epoch": initial_epoch}
-    return model.fit(x, y, epochs=epochs, callbacks=list(callbacks), **options).history
-
-
 def test_the_monitor_writes_into_logs(tmp_path):
-    model = small_model()
+    model = penalised_model()
     monitor = SingularValueMonitor(include="conv", per_kernel=True)
     log = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
-    history = fit(model, monitor, log)
+    history = fit_epochs(model, monitor, log)
     kernel = model.get_layer("conv").kernel
     sigma = singular_values(kernel, 8)
     assert history["conv/sigma_max"][-1] == pytest.approx(sigma[0], rel=1e-4)
@@ -70,7 +48,7 @@ def test_the_monitor_writes_into_logs(tmp_path):
 
 def test_epochs_without_a_measurement_are_nan():
     monitor = SingularValueMonitor(2, sigma_min=False, per_kernel=True)
-    history = fit(small_model(), monitor, epochs=4)
+    history = fit_epochs(penalised_model(), monitor, epochs=4)
     assert np.isfinite(history["conv/sigma_max"]).tolist() == [False, True, False, True]
     assert np.isfinite(history["sigma_max"]).tolist() == [False, True, False, True]
     assert np.isnan(history["conv/sigma_min"]).all()
@@ -80,53 +58,53 @@ def test_epochs_without_a_measurement_are_nan():
 
 def test_batches_can_be_counted():
     monitor = SingularValueMonitor(3, unit="batch", include="conv")
-    history = fit(small_model(), monitor, epochs=3)
+    history = fit_epochs(penalised_model(), monitor, epochs=3)
     assert monitor.history["epoch"].tolist() == [0, 0.75, 1.5, 2.25, 3]
     assert history["sigma_max"][-1] == monitor.history["conv/sigma_max"][-1]
 
 
 def test_batches_are_counted_where_several_are_executed_together():
     monitor = SingularValueMonitor(3, unit="batch", include="conv")
-    fit(small_model(steps_per_execution=2), monitor, epochs=3)
+    fit_epochs(penalised_model(steps_per_execution=2), monitor, epochs=3)
     assert monitor.history["epoch"].tolist() == [0, 1, 1.5, 2.5, 3]
 
 
 @pytest.mark.skipif(keras.__version__.startswith("3.0."), reason="Keras 3.0 wants full executions")
 def test_batches_are_counted_where_the_last_execution_is_not_full():
     monitor = SingularValueMonitor(3, unit="batch", include="conv")
-    fit(small_model(steps_per_execution=3), monitor, epochs=2)  # of 3 and 1 batches
+    fit_epochs(penalised_model(steps_per_execution=3), monitor, epochs=2)  # of 3 and 1 batches
     assert monitor.history["epoch"].tolist() == [0, 0.75, 1.75]
 
 
 def test_the_monitor_goes_on_in_another_fit():
-    model, monitor = small_model(), SingularValueMonitor()
-    fit(model, monitor, epochs=1)
-    fit(model, monitor, epochs=1)  # counts from 0 again
-    fit(model, monitor, epochs=3, initial_epoch=2)
+    model, monitor = penalised_model(), SingularValueMonitor()
+    fit_epochs(model, monitor, epochs=1)
+    fit_epochs(model, monitor, epochs=1)  # counts from 0 again
+    fit_epochs(model, monitor, epochs=3, initial_epoch=2)
     assert monitor.history["epoch"].tolist() == [0, 1, 2, 3]
 
 
 def test_epochs_between_measurements_are_counted_over_several_fits():
-    model, monitor = small_model(), SingularValueMonitor(2, include="conv")
+    model, monitor = penalised_model(), SingularValueMonitor(2, include="conv")
     for _ in range(3):
-        fit(model, monitor, epochs=3)
+        fit_epochs(model, monitor, epochs=3)
     assert monitor.history["epoch"].tolist() == [0, 2, 4, 6, 8]
     monitor = SingularValueMonitor(3, unit="batch", include="conv")
     for _ in range(4):
-        fit(model, monitor, epochs=1, batch_size=16)
+        fit_epochs(model, monitor, epochs=1, batch_size=16)
     assert monitor.history["epoch"].tolist() == [0, 1.5, 3]
 
 
 def test_the_monitor_begins_where_training_does():
     monitor = SingularValueMonitor()
-    fit(small_model(), monitor, epochs=3, initial_epoch=1)
+    fit_epochs(penalised_model(), monitor, epochs=3, initial_epoch=1)
     assert monitor.history["epoch"].tolist() == [1, 2, 3]
 
 
 def test_the_monitor_begins_anew_with_another_model():
     monitor = SingularValueMonitor(include=LAYERS.Conv2D)
-    fit(small_model(), monitor, epochs=1)
-    fit(small_model(), monitor, epochs=2)  # its layers have the same names
+    fit_epochs(penalised_model(), monitor, epochs=1)
+    fit_epochs(penalised_model(), monitor, epochs=2)  # its layers have the same names
     assert monitor.history["epoch"].tolist() == [0, 1, 2]
 
 
@@ -140,7 +118,7 @@ def test_time_is_bounded_and_reported(monkeypatch):
     monkeypatch.setattr(tf_frobreg.keras.callbacks, "report_kernel", slow)
     monitor = SingularValueMonitor(max_seconds=0.04, per_kernel=True)
     assert monitor.cost == "no measurement"
-    history = fit(small_model(), monitor, epochs=3)
+    history = fit_epochs(penalised_model(), monitor, epochs=3)
     # Two kernels, one at a time: conv before training, then the other, in turn.
     assert np.isfinite(history["top/sigma_max"]).tolist() == [True, False, True]
     assert np.isfinite(history["conv/sigma_max"]).tolist() == [False, True, False]
@@ -163,12 +141,12 @@ def test_a_kernel_that_was_not_reached_comes_first_in_the_next_fit(monkeypatch):
         return original(name, *arguments, **options)
 
     monkeypatch.setattr(tf_frobreg.keras.callbacks, "report_kernel", slow)
-    model, monitor = small_model(), SingularValueMonitor(max_seconds=0.04)
+    model, monitor = penalised_model(), SingularValueMonitor(max_seconds=0.04)
     for _ in range(2):
-        fit(model, monitor, epochs=1)
+        fit_epochs(model, monitor, epochs=1)
     assert measured == ["conv", "top", "conv"]
     measured.clear()
-    fit(small_model(), monitor, epochs=1)
+    fit_epochs(penalised_model(), monitor, epochs=1)
     assert measured == ["conv", "top"]
 
 
@@ -257,12 +235,12 @@ def test_the_penalty_on_the_variable_decides():
 
 
 def test_logs_hold_three_numbers_of_the_whole_model():
-    model, monitor = small_model(), SingularValueMonitor()
-    history = fit(model, monitor, epochs=1)
+    model, monitor = penalised_model(), SingularValueMonitor()
+    history = fit_epochs(model, monitor, epochs=1)
     assert list(history) == ["loss", "sigma_max", "sigma_min", "penalty"]
     kernels = [f"{layer}/{name}" for layer in ("conv", "top") for name in list(history)[1:]]
     assert list(monitor.history) == ["epoch", "seconds", *list(history)[1:], *kernels]
-    everything = fit(model, SingularValueMonitor(per_kernel=True), epochs=1)
+    everything = fit_epochs(model, SingularValueMonitor(per_kernel=True), epochs=1)
     assert list(everything) == [*history, *kernels]
 
 
@@ -329,7 +307,7 @@ def test_the_size_can_be_given_by_name():
 
 
 def test_what_was_not_measured_is_left_out_of_the_whole():
-    model = small_model(factor=0)
+    model = penalised_model(factor=0)
     model.get_layer("conv").kernel.assign(np.full((3, 3, 2, 4), np.nan))
     row = measured(model)
     assert np.isnan(row["conv/sigma_max"])
@@ -365,7 +343,7 @@ class FakeClock:
 def test_a_long_first_measurement_is_remarked(monkeypatch):
     clock = FakeClock(monkeypatch, per_kernel=iter([12.0, 3.0] + [0.01] * 10))
     with pytest.warns(UserWarning, match="The first measurement took 15 s") as caught:
-        fit(small_model(), SingularValueMonitor(), clock.passing(1.0), epochs=3)
+        fit_epochs(penalised_model(), SingularValueMonitor(), clock.passing(1.0), epochs=3)
     (message,) = (str(warning.message) for warning in caught)
     assert message.startswith("SingularValueMonitor measures 2 kernels. The first")
     assert "A larger every, include=, sigma_min=False or a smaller max_seconds" in message
@@ -373,10 +351,10 @@ def test_a_long_first_measurement_is_remarked(monkeypatch):
 
 def test_a_large_share_is_remarked_once(monkeypatch):
     clock = FakeClock(monkeypatch, per_kernel=itertools.repeat(1.0))
-    model, monitor = small_model(), SingularValueMonitor(include="conv")
+    model, monitor = penalised_model(), SingularValueMonitor(include="conv")
     with pytest.warns(UserWarning, match="1 kernel. 1.0 s per measurement are 33% of the training's time"):
-        fit(model, clock.passing(0.5), monitor, epochs=6)
-    fit(model, clock.passing(0.5), monitor, epochs=6)  # a second warning would be an error
+        fit_epochs(model, clock.passing(0.5), monitor, epochs=6)
+    fit_epochs(model, clock.passing(0.5), monitor, epochs=6)  # a second warning would be an error
 
 
 @pytest.mark.parametrize(
@@ -386,7 +364,7 @@ def test_a_large_share_is_remarked_once(monkeypatch):
 )
 def test_small_costs_are_not_remarked(monkeypatch, kernel, batch, epochs):
     clock = FakeClock(monkeypatch, per_kernel=itertools.repeat(kernel))
-    fit(small_model(), clock.passing(batch), SingularValueMonitor(include="conv"), epochs=epochs)
+    fit_epochs(penalised_model(), clock.passing(batch), SingularValueMonitor(include="conv"), epochs=epochs)
 
 
 def test_arguments_are_attributes():
@@ -409,11 +387,11 @@ def test_arguments_are_attributes():
 
 
 def test_gradient_norms_are_those_of_the_loss():
-    model = small_model(factor=0)
+    model = penalised_model(factor=0)
     random = np.random.RandomState(1)
     x, y = random.rand(8, 8, 8, 2).astype("float32"), random.rand(8, 1).astype("float32")
     monitor = SingularValueMonitor(gradient_data=(x, y))
-    fit(model, monitor, epochs=1)
+    fit_epochs(model, monitor, epochs=1)
     kernels = [layer.kernel.value for layer in (model.get_layer("conv"), model.get_layer("top"))]
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean((model(x) - y) ** 2)
@@ -426,27 +404,27 @@ def test_gradient_norms_are_those_of_the_loss():
     with pytest.raises(ValueError, match="gradient_data must be given"):
         SingularValueMonitor().plot_gradients()
     with pytest.raises(ValueError, match="gradient_data must be a batch that suits the model and its loss"):
-        fit(model, SingularValueMonitor(gradient_data=(x[:, :4], y)))
+        fit_epochs(model, SingularValueMonitor(gradient_data=(x[:, :4], y)))
 
 
 def test_gradient_norms_of_frozen_kernels_and_of_lora():
-    model = small_model(factor=0)
+    model = penalised_model(factor=0)
     model.get_layer("conv").trainable = False
     model.get_layer("top").enable_lora(2)
     model.compile(keras.optimizers.SGD(0.01), "mse")
     random = np.random.RandomState(1)
     batch = random.rand(8, 8, 8, 2).astype("float32"), random.rand(8, 1).astype("float32")
     monitor = SingularValueMonitor(gradient_data=batch)
-    fit(model, monitor, epochs=1)
+    fit_epochs(model, monitor, epochs=1)
     assert (monitor.history["conv/gradient_norm"] > 0).all()
     assert np.isnan(monitor.history["top/gradient_norm"]).all()
 
 
 def test_the_monitor_does_not_change_the_training():
-    expected = fit(small_model())["loss"]
+    expected = fit_epochs(penalised_model())["loss"]
     random = np.random.RandomState(1)
     batch = random.rand(8, 8, 8, 2).astype("float32"), random.rand(8, 1).astype("float32")
-    assert fit(small_model(), SingularValueMonitor(gradient_data=batch))["loss"] == expected
+    assert fit_epochs(penalised_model(), SingularValueMonitor(gradient_data=batch))["loss"] == expected
 
 
 @pytest.mark.parametrize(
@@ -475,7 +453,7 @@ def test_bad_arguments_of_the_monitor(arguments, error, message):
 
 def test_a_name_that_matches_nothing_is_refused_when_training_starts():
     with pytest.raises(ValueError, match="include must match a layer with a kernel"):
-        fit(small_model(), SingularValueMonitor(include="cnov"))
+        fit_epochs(penalised_model(), SingularValueMonitor(include="cnov"))
 
 
 MIRRORED = """

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from ids import stable_id
+from small_models import fit_epochs, penalised_model
 
 from tf_frobreg import (
     FactorSchedule,
@@ -18,58 +19,35 @@ from tf_frobreg import (
 LAYERS = keras.layers
 
 
-def small_model(factor=0.01, **options):
-    keras.utils.set_random_seed(1)
-    model = keras.Sequential(
-        [
-            keras.Input((8, 8, 2)),
-            LAYERS.Conv2D(4, 3, padding="same", activation="relu", name="conv"),
-            LAYERS.Flatten(),
-            LAYERS.Dense(1, name="top"),
-        ]
-    )
-    if factor:
-        attach_regularizers(model, factor, reduction="mean", include="conv")
-    model.compile(keras.optimizers.SGD(0.01), "mse", **options)
-    return model
-
-
-def fit(model, *callbacks, batch_size=8, epochs=3, initial_epoch=0):
-    random = np.random.RandomState(0)
-    x, y = random.rand(32, 8, 8, 2).astype("float32"), random.rand(32, 1).astype("float32")
-    options = {"batch_size": batch_size, "shuffle": False, "verbose": 0, "initial_epoch": initial_epoch}
-    return model.fit(x, y, epochs=epochs, callbacks=list(callbacks), **options).history
-
-
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}, {"jit_compile": True}], ids=stable_id)
 @pytest.mark.parametrize("unit", ["epoch", "step"])
 def test_a_schedule_takes_effect(options, unit):
     """The loss of a model whose optimizer does nothing shows the factor alone."""
-    model = small_model(factor=1.0, **options)
+    model = penalised_model(factor=1.0, **options)
     model.optimizer.learning_rate = 0.0
     penalty = model.get_layer("conv").kernel_regularizer
     base = float(model.losses[0])
-    plain = fit(model, epochs=1)["loss"][0] - base
+    plain = fit_epochs(model, epochs=1)["loss"][0] - base
     steps = 4 if unit == "step" else 1
     schedule = FactorSchedule(lambda n: [1.0, 3.0, 0.5, 0.0][min(n // steps, 3)], unit=unit)
     model.optimizer.iterations.assign(0)
-    losses = fit(model, schedule, epochs=4)["loss"]
+    losses = fit_epochs(model, schedule, epochs=4)["loss"]
     np.testing.assert_allclose(losses, plain + base * np.array([1.0, 3.0, 0.5, 0.0]), rtol=1e-5)
     assert (penalty.factor, penalty.scale) == (1.0, 0.0)
 
 
 def test_a_schedule_of_keras():
     warm_up = keras.optimizers.schedules.PolynomialDecay(0.0, 4, 1.0)
-    model = small_model()
-    fit(model, FactorSchedule(warm_up), epochs=3)
+    model = penalised_model()
+    fit_epochs(model, FactorSchedule(warm_up), epochs=3)
     assert model.get_layer("conv").kernel_regularizer.scale == 0.5
 
 
 def test_the_scale_is_saved_and_a_plain_number_stays_plain(tmp_path):
-    model = small_model()
+    model = penalised_model()
     penalty = model.get_layer("conv").kernel_regularizer
     assert "scale" not in penalty.get_config()
-    fit(model, FactorSchedule(lambda epoch: 0.25), epochs=1)
+    fit_epochs(model, FactorSchedule(lambda epoch: 0.25), epochs=1)
     assert penalty.get_config()["scale"] == 0.25
     assert type(penalty.factor) is float
     expected = float(model.losses[0])
@@ -105,9 +83,9 @@ def test_bad_arguments_of_the_schedule():
     with pytest.raises(ValueError, match="unit must be one of"):
         FactorSchedule(lambda n: n, unit="batch")
     with pytest.raises(ValueError, match="FactorSchedule needs a model with a penalty of this package"):
-        fit(small_model(factor=0), FactorSchedule(lambda n: 1.0))
+        fit_epochs(penalised_model(factor=0), FactorSchedule(lambda n: 1.0))
     with pytest.raises(ValueError, match="schedule\\(0\\) must be a finite number at least 0"):
-        fit(small_model(), FactorSchedule(lambda n: -1.0))
+        fit_epochs(penalised_model(), FactorSchedule(lambda n: -1.0))
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -208,15 +186,15 @@ def model_with(layer, **options):
 def test_a_schedule_reaches_every_place_of_a_penalty(place, jit_compile):
     """Without the penalty the layer has the loss of the same model with factors of zero."""
     model = model_with(place(), jit_compile=jit_compile)
-    before = fit(model, epochs=1)["loss"][0]  # traces the functions with plain numbers
-    losses = fit(model, FactorSchedule(lambda epoch: [1.0, 0.0, 3.0][epoch]), epochs=3)["loss"]
+    before = fit_epochs(model, epochs=1)["loss"][0]  # traces the functions with plain numbers
+    losses = fit_epochs(model, FactorSchedule(lambda epoch: [1.0, 0.0, 3.0][epoch]), epochs=3)["loss"]
     whole = sum(map(float, model.losses)) if place is not AddsItsLoss else None
     penalty = before - losses[1]
     assert penalty > 1e-3
     assert losses[0] == pytest.approx(before, rel=1e-5)
     assert losses[2] == pytest.approx(before + 2 * penalty, rel=1e-5)
     if whole is not None:  # the scale is still 3, also for a caller of model.losses
-        rest = fit(model, FactorSchedule(lambda epoch: 0.0), epochs=1)["loss"][0]
+        rest = fit_epochs(model, FactorSchedule(lambda epoch: 0.0), epochs=1)["loss"][0]
         assert whole - sum(map(float, model.losses)) == pytest.approx(3 * penalty, rel=1e-4)
         assert rest == pytest.approx(losses[1], rel=1e-5)
 
@@ -225,5 +203,5 @@ def test_a_penalty_that_was_replaced_is_left_alone():
     old = FrobeniusRegularizer(8, 0.1, padding="valid")
     model = model_with(LAYERS.Conv2D(4, 3, kernel_regularizer=old, name="conv"))
     report = attach_regularizers(model, 0.1, include="conv", existing="replace")
-    fit(model, FactorSchedule(lambda epoch: 0.25), epochs=1)
+    fit_epochs(model, FactorSchedule(lambda epoch: 0.25), epochs=1)
     assert (report.attached["conv"].scale, old.scale) == (0.25, 1.0)

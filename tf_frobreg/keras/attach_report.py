@@ -19,7 +19,7 @@ from tf_frobreg.keras.regularizers import (
     function_name,
     regularizer_parts,
 )
-from tf_frobreg.tables import UNKNOWN, Row, html_report, known_columns, names_by_reason, text_report
+from tf_frobreg.tables import UNKNOWN, Report, Row, known_columns, names_by_reason
 
 __all__ = ["AttachReport"]
 
@@ -49,7 +49,7 @@ class Change(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class AttachReport:
+class AttachReport(Report):
     """What `attach_regularizers` did. `print(report)` shows a table with one row per kernel.
 
     A terminal that is too narrow lacks some columns.
@@ -87,6 +87,9 @@ class AttachReport:
         [('conv', 0.01, None), ('top', None, 'excluded')]
         >>> report.detach()
     """
+
+    left_columns = LEFT_COLUMNS
+    optional_columns = OPTIONAL_COLUMNS
 
     attached: dict[str, Any]
     left_out: dict[str, str]
@@ -135,13 +138,6 @@ class AttachReport:
 
     def __repr__(self) -> str:
         return f"AttachReport: {self._summary()}"
-
-    def __str__(self) -> str:
-        hint = " records() holds all columns."
-        return text_report(*self._parts(), left=LEFT_COLUMNS, optional=OPTIONAL_COLUMNS, hint=hint)
-
-    def _repr_html_(self) -> str:
-        return html_report(*self._parts(), left=LEFT_COLUMNS)
 
     def _penalties(self) -> list[tuple[str, str, WeightedRegularizer]]:
         """Returns (kernel's name, status, penalty) of each row."""

@@ -18,14 +18,13 @@ from tf_frobreg.keras.trace import InputSize
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, ModelSpectrum, report_kernel
 from tf_frobreg.tables import (
     UNKNOWN,
+    Report,
     Row,
     count,
     digits,
-    html_report,
     known_columns,
     names_by_reason,
     percent,
-    text_report,
 )
 
 __all__ = ["ModelDescent", "model_spectrum", "regularize_model"]
@@ -118,7 +117,7 @@ def _check_start(start: Any) -> Sequence[KernelSpectrum]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class ModelDescent:
+class ModelDescent(Report):
     """What `regularize_model` reached. `print(descent)` shows a table with one row per kernel.
 
     Attributes:
@@ -146,6 +145,9 @@ class ModelDescent:
         >>> [(record["layer"], record["reason"]) for record in descent.records()]
         [('conv', 'converged: σmax and σmin are within the tolerance of √α'), ('top', 'left out: excluded')]
     """
+
+    left_columns = LEFT_COLUMNS
+    optional_columns = OPTIONAL_COLUMNS
 
     results: dict[str, DescentResult]
     left_out: dict[str, str]
@@ -182,13 +184,6 @@ class ModelDescent:
 
     def __repr__(self) -> str:
         return f"ModelDescent: {descent_summary(self)}"
-
-    def __str__(self) -> str:
-        hint = " records() holds all columns."
-        return text_report(*self._parts(), left=LEFT_COLUMNS, optional=OPTIONAL_COLUMNS, hint=hint)
-
-    def _repr_html_(self) -> str:
-        return html_report(*self._parts(), left=LEFT_COLUMNS)
 
     def _parts(self) -> tuple[str, list[Row], list[str]]:
         return descent_summary(self), descent_rows(self), descent_remarks(self)

@@ -13,13 +13,12 @@ from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 from tf_frobreg.spectrum.extremes import ExtremesFinder, ExtremeSingularValues, ratio
 from tf_frobreg.tables import (
     UNKNOWN,
+    Report,
     Row,
     count,
     digits,
-    html_report,
     known_columns,
     names_by_reason,
-    text_report,
 )
 
 __all__ = ["KernelSpectrum", "ModelSpectrum"]
@@ -131,7 +130,7 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-class ModelSpectrum(list[KernelSpectrum]):
+class ModelSpectrum(Report, list[KernelSpectrum]):
     """The rows of a model, a list of `KernelSpectrum`. `print(spectrum)` shows a table.
 
     "≤" and "≥" mark bounds: σmin cannot be distinguished from 0, or a search did not reach the accuracy.
@@ -158,19 +157,15 @@ class ModelSpectrum(list[KernelSpectrum]):
         [(8, 8), (8, 8)]
     """
 
+    left_columns = LEFT_COLUMNS
+    optional_columns = OPTIONAL_COLUMNS
+
     def records(self) -> list[dict[str, Any]]:
         """Returns the `to_dict()` of each row: `pandas.DataFrame(spectrum.records())` is a table."""
         return [row.to_dict() for row in self]
 
     def __repr__(self) -> str:
         return f"ModelSpectrum of {spectrum_summary(self, with_alpha=False)}"
-
-    def __str__(self) -> str:
-        hint = " records() holds all columns."
-        return text_report(*self._parts(), left=LEFT_COLUMNS, optional=OPTIONAL_COLUMNS, hint=hint)
-
-    def _repr_html_(self) -> str:
-        return html_report(*self._parts(), left=LEFT_COLUMNS)
 
     def _parts(self) -> tuple[str, list[Row], list[str]]:
         return spectrum_summary(self), spectrum_rows(self), spectrum_remarks(self)
