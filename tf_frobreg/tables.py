@@ -137,15 +137,10 @@ def html_report(
 
 
 class Report:
-    """A result that prints as a first line, a table and remarks, and shows the same in a notebook.
+    """A result that prints as a first line, a table and remarks, and shows the same in a notebook."""
 
-    Attributes:
-        left_columns: Columns that are aligned to the left.
-        optional_columns: Columns that a narrow terminal lacks, the first one first.
-    """
-
-    left_columns: ClassVar[Collection[str]] = ()
-    optional_columns: ClassVar[Sequence[str]] = ()
+    _left_columns: ClassVar[Collection[str]] = ()
+    _optional_columns: ClassVar[Sequence[str]] = ()  # a narrow terminal lacks them, the first one first
 
     def _parts(self) -> tuple[str, Sequence[Row], Sequence[str]]:
         """Returns the first line, the rows of the table, and the remarks."""
@@ -153,10 +148,10 @@ class Report:
 
     def __str__(self) -> str:
         hint = " records() holds all columns."
-        return text_report(*self._parts(), left=self.left_columns, optional=self.optional_columns, hint=hint)
+        return text_report(*self._parts(), left=self._left_columns, optional=self._optional_columns, hint=hint)
 
     def _repr_html_(self) -> str:
-        return html_report(*self._parts(), left=self.left_columns)
+        return html_report(*self._parts(), left=self._left_columns)
 
 
 def known_columns(rows: Sequence[Row]) -> list[Row]:

@@ -88,8 +88,8 @@ class AttachReport(Report):
         >>> report.detach()
     """
 
-    left_columns = LEFT_COLUMNS
-    optional_columns = OPTIONAL_COLUMNS
+    _left_columns = LEFT_COLUMNS
+    _optional_columns = OPTIONAL_COLUMNS
 
     attached: dict[str, Any]
     left_out: dict[str, str]

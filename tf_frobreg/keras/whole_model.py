@@ -146,8 +146,8 @@ class ModelDescent(Report):
         [('conv', 'converged: σmax and σmin are within the tolerance of √α'), ('top', 'left out: excluded')]
     """
 
-    left_columns = LEFT_COLUMNS
-    optional_columns = OPTIONAL_COLUMNS
+    _left_columns = LEFT_COLUMNS
+    _optional_columns = OPTIONAL_COLUMNS
 
     results: dict[str, DescentResult]
     left_out: dict[str, str]

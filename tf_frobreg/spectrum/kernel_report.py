@@ -157,8 +157,8 @@ class ModelSpectrum(Report, list[KernelSpectrum]):
         [(8, 8), (8, 8)]
     """
 
-    left_columns = LEFT_COLUMNS
-    optional_columns = OPTIONAL_COLUMNS
+    _left_columns = LEFT_COLUMNS
+    _optional_columns = OPTIONAL_COLUMNS
 
     def records(self) -> list[dict[str, Any]]:
         """Returns the `to_dict()` of each row: `pandas.DataFrame(spectrum.records())` is a table."""
