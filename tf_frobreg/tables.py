@@ -148,7 +148,9 @@ class Report:
 
     def __str__(self) -> str:
         hint = " records() holds all columns."
-        return text_report(*self._parts(), left=self._left_columns, optional=self._optional_columns, hint=hint)
+        return text_report(
+            *self._parts(), left=self._left_columns, optional=self._optional_columns, hint=hint
+        )
 
     def _repr_html_(self) -> str:
         return html_report(*self._parts(), left=self._left_columns)
