@@ -14,6 +14,7 @@ from tf_frobreg.checks import (
     check_memory,
     check_number,
     did_you_mean,
+    enumeration,
     free_memory,
 )
 
@@ -73,6 +74,8 @@ def test_choices_are_strings_of_the_list():
     for value in ("rows", None, ["input"], np.array(["input"])):
         with pytest.raises(ValueError, match=r"side must be one of \('input', 'output'\). Received: side="):
             check_choice("side", value, ("input", "output"))
+    with pytest.raises(ValueError, match=r"Received: side='ouptut' \(did you mean 'output'\?\)$"):
+        check_choice("side", "ouptut", ("input", "output"))
 
 
 def test_long_values_are_shortened_in_messages():
@@ -106,10 +109,25 @@ def test_free_memory_does_not_need_linux(monkeypatch):
     [
         ("vaild", " (did you mean 'valid'?)"),
         ("SAME", " (did you mean 'same'?)"),
+        ("tpo", " (did you mean 'top'?)"),
+        ("pot", ""),
         ("full", ""),
         (7, ""),
         ("", ""),
     ],
 )
 def test_a_name_that_is_almost_known_gets_a_hint(name, hint):
-    assert did_you_mean(name, ("same", "valid", "circular")) == hint
+    assert did_you_mean(name, ("same", "valid", "circular", "top")) == hint
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, ""),
+        (2, "0, 1"),
+        (10, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        (11, "0, 1, 2, 3, 4, 5, 6, 7 and 3 others"),
+    ],
+)
+def test_long_lists_of_names_are_shortened(number, text):
+    assert enumeration([str(n) for n in range(number)]) == text

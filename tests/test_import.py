@@ -98,6 +98,21 @@ print(type(loaded).__name__, loaded.alpha)
     assert run_python("-c", code, json.dumps(saved)) == "FrobeniusRegularizer 2.0\n"
 
 
+@pytest.mark.parametrize("name", ["trace", "whole_model"])
+def test_a_module_that_a_tool_imports_from_its_file_is_complete(name):
+    code = f"""
+import importlib.util, sys
+import tf_frobreg
+path = {str(ROOT / "tf_frobreg" / "keras" / name)!r} + ".py"
+spec = importlib.util.spec_from_file_location("tf_frobreg.keras.{name}", path)
+module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)  # as pytest does: the spec is not marked while the module is incomplete
+from tf_frobreg.keras import {name}
+print({name} is module, tf_frobreg.model_spectrum.__module__)
+"""
+    assert run_python("-c", code) == "True tf_frobreg.keras.whole_model\n"
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'tf_frobreg' has no attribute 'singular_value'") as info:
         _ = tf_frobreg.singular_value

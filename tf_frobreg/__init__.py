@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,8 +75,14 @@ class _RegisterWithKeras:
 
 def _imports_own_module() -> bool:
     """Whether a module of this package is being imported: the public names need it complete."""
-    own = (module for name, module in sys.modules.copy().items() if name.startswith(f"{__name__}."))
-    return any(getattr(module.__spec__, "_initializing", False) for module in own)
+    # The stack shows it for every way of importing. pytest's, for example, does not mark the module's spec.
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if frame.f_code.co_name == "<module>" and module.startswith(f"{__name__}."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 if sys.modules.get("keras"):

@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 
 LARGEST_INTEGER = 2**31 - 1
+# A line lists up to MOST_NAMES names. If there are more, it lists FEWER_NAMES and counts the others.
+MOST_NAMES, FEWER_NAMES = 10, 8
+# Similarity of two names, from 0 to 1. Two exchanged letters of three leave 2/3.
+SIMILAR = 0.65
 ALWAYS_FREE = 1 << 24  # bytes. Reading the free memory takes longer than computing a small penalty
 
 
@@ -74,8 +78,15 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
     """Returns a hint at the known name that is most like `name`, or an empty text."""
     by_lower = {other.lower(): other for other in known}
-    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=SIMILAR)
     return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+
+
+def enumeration(names: Sequence[str]) -> str:
+    """Returns names as text. Long lists are shortened: "a, b, c, d, e, f, g, h and 92 others"."""
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:FEWER_NAMES])} and {len(names) - FEWER_NAMES} others"
 
 
 def check_memory(needed: int, what: str, instead: str) -> None:

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tf_frobreg.checks import enumeration
+
 UNKNOWN = "-"  # a cell without a value
-# A line lists up to MOST_NAMES names. If there are more, it lists FEWER_NAMES and counts the others.
-MOST_NAMES, FEWER_NAMES = 10, 8
 WIDER_THAN_ANY_TABLE = 100_000
 
 Row = Mapping[str, str]  # cells by column; all rows of a table have the same columns
@@ -176,13 +176,7 @@ def names_by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
     names: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
-    return {reason: _enumeration(found) for reason, found in names.items()}
-
-
-def _enumeration(names: Sequence[str]) -> str:
-    if len(names) <= MOST_NAMES:
-        return ", ".join(names)
-    return f"{', '.join(names[:FEWER_NAMES])} and {len(names) - FEWER_NAMES} others"
+    return {reason: enumeration(found) for reason, found in names.items()}
 
 
 def count(number: int, noun: str) -> str:

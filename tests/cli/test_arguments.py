@@ -85,6 +85,22 @@ def test_wrong_sizes_of_the_image(words, run):
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("left=8 right=9 left=7", "must have each name once. Received: 'left' in 'left=8 right=9 left=7'"),
+        ("left=8 left=8", "must have each name once. Received: 'left'"),
+        ("left=8 --input-size right=9", "give it once, followed by all sizes"),
+        ("8 --input-size 9", "give it once, followed by all sizes"),
+    ],
+)
+def test_no_size_of_an_image_is_dropped(words, message, run):
+    status, printed = run("spectrum", "model.keras", "--input-size", *words.split())
+    assert status == 2
+    assert f"error: argument --input-size: {message}" in printed.err
+    assert printed.err.count("\n") == 1
+
+
 def test_the_options_of_reproduce_have_defaults():
     assert parse_arguments(["reproduce"]) == ReproduceOptions(
         command="reproduce",

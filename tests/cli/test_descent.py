@@ -137,22 +137,22 @@ def test_ctrl_c_keeps_what_was_reached(kernel, tmp_path, run, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--input-size", "0"], "input_size must be at least 1. Received: input_size=0"),
+        (["--input-size", "0"], "--input-size must be at least 1. Received: --input-size=0"),
         (
             ["--input-size", "8", "8", "8"],
-            "input_size must be an int or 2 ints",
+            "--input-size must be an int or 2 ints",
         ),
         (
             ["--input-size", "2", "--padding", "valid"],
-            "input_size must be at least the (dilated) kernel size",
+            "--input-size must be at least the (dilated) kernel size",
         ),
-        (["--input-size", "9" * 20], "input_size must be at most 2147483647"),
+        (["--input-size", "9" * 20], "--input-size must be at most 2147483647"),
         (
             ["--input-size", "8", "--plot", "p" * 300 + ".png"],
             "--plot cannot be written (File name too long)",
         ),
         (["--input-size", "eight"], "argument --input-size: must be N, one N per axis, or NAME=N"),
-        ([], "--input-size is needed for a kernel without a model"),
+        ([], "--input-size is needed for the kernel of a convolution"),
         (["--input-size", "left=8"], "--input-size with names (left) goes with a model"),
         (["--input-size", "8", "--padding", "full"], "padding must be one of"),
         (["--input-size", "8", "--alpha", "0"], "alpha must be a finite number above 0. Received: alpha=0"),
@@ -161,12 +161,12 @@ def test_ctrl_c_keeps_what_was_reached(kernel, tmp_path, run, monkeypatch):
             "alpha must be a finite number above 0. Received: alpha=nan",
         ),
         (["--input-size", "8", "--learning-rate", "fast"], "\"paper\" or a number. Received: 'fast'"),
-        (["--input-size", "8", "--learning-rate", "-1"], "learning_rate must be a finite number above 0"),
+        (["--input-size", "8", "--learning-rate", "-1"], "--learning-rate must be a finite number above 0"),
         (["--input-size", "8", "--tolerance", "-1"], "tolerance must be"),
-        (["--input-size", "8", "--max-steps", "-1"], "max_steps must be at least 0"),
+        (["--input-size", "8", "--max-steps", "-1"], "--max-steps must be at least 0"),
         (
             ["--input-size", "8", "--strides", "2", "--dilation-rate", "2"],
-            "strides above 1 cannot be combined",
+            "strides above 1 cannot be combined with --dilation-rate above 1",
         ),
         (["--input-size", "8", "--plot", "plot.xyz"], "--plot must end in .png, .pdf or .svg"),
         (["--input-size", "8", "--output", "new.keras"], "--output must end in .npy"),
@@ -181,6 +181,20 @@ def test_bad_options(options, message, kernel, tmp_path, run):
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert set(tmp_path.iterdir()) == before
+
+
+def test_a_dense_kernel_needs_no_image(tmp_path, run):
+    kernel = np.random.RandomState(1).randn(6, 4)
+    np.save(tmp_path / "dense.npy", kernel)
+    status, printed = run("regularize", tmp_path / "dense.npy", "--output", tmp_path / "new.npy")
+    assert status == 0
+    assert "lower bound for this shape: 2)" in printed.out
+    sigma = np.linalg.svd(np.load(tmp_path / "new.npy"), compute_uv=False)
+    np.testing.assert_allclose(sigma, 1, atol=0.01)
+    options = ["--output", tmp_path / "new.npy", "--force", "--input-size", 8]
+    status, printed = run("regularize", tmp_path / "dense.npy", *options)
+    assert status == 2
+    assert "--input-size must be () for a Dense kernel" in printed.err
 
 
 def test_output_dir_must_exist(tmp_path, run):

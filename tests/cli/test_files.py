@@ -2,11 +2,21 @@
 
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
 
-from tf_frobreg.cli.files import PICTURES, BadInput, OutputFile, check_ending, output_files, read_arrays
+from tf_frobreg.cli.files import (
+    PICTURES,
+    BadInput,
+    OutputFile,
+    as_options,
+    check_ending,
+    output_files,
+    read_arrays,
+    refusals_as_bad_input,
+)
 
 
 def test_existing_files_are_kept_unless_forced(kernel, tmp_path, run):
@@ -169,3 +179,26 @@ def test_names_of_kernels():
     check_ending("--output", "a.NPY", ".npy")
     with pytest.raises(BadInput, match="--output must end in .npy. Received: a.keras"):
         check_ending("--output", "a.keras", ".npy")
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("input_size must be at most 9: input_size=10", "--input-size must be at most 9: --input-size=10"),
+        (
+            "give input_size. Or leave it out, exclude='a b'",
+            "give --input-size. Or leave it out, --exclude a b",
+        ),
+        ("include must match. Received: include='x'", "include must match. Received: --include x"),
+        ("Received: input_size=None", "Received: no --input-size"),
+        ("max_steps, learning_rate, dilation_rate=2", "--max-steps, --learning-rate, --dilation-rate=2"),
+        (
+            "my_input_size, input_sizes, kernel.shape=(3, 3)",
+            "my_input_size, input_sizes, kernel.shape=(3, 3)",
+        ),
+    ],
+)
+def test_messages_of_the_library_name_the_options_of_the_command(message, shown):
+    assert as_options(message) == shown
+    with pytest.raises(BadInput, match=re.escape(shown)), refusals_as_bad_input():
+        raise ValueError(message)

@@ -87,7 +87,10 @@ def test_from_the_shell(ending, tmp_path, capfd):
             "--strides cannot be given: the geometry is read from the layers",
         ),
         (["--output", "new.keras", "--alpha", "0"], "alpha must be a finite number above 0"),
-        (["--output", "new.keras", "--input-size", "9"], "input_size goes with a model that leaves the size"),
+        (
+            ["--output", "new.keras", "--input-size", "9"],
+            "--input-size goes with a model that leaves the size",
+        ),
         (["--output", "model.keras", "--force"], "none of them the input"),
     ],
 )
@@ -173,8 +176,8 @@ def test_selected_kernels_change_and_the_others_stay(options, kernels, left_out,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--include", "dense*"], "include must match a layer with a kernel (conv, strided, top)."),
-        (["--exclude", "conv", "--exclude", "x"], "exclude must match a layer with a kernel"),
+        (["--include", "dense*"], "Received: --include dense*. Names: conv, strided, top"),
+        (["--exclude", "conv", "--exclude", "tpo"], "--exclude tpo (did you mean 'top'?). Names: conv"),
         (
             ["--include", "top", "--exclude", "top"],
             "model must have a kernel to regularize. Received: conv, strided: not included; top: excluded",
@@ -218,9 +221,8 @@ def test_no_remark_about_a_loss_for_a_kernel_without_a_model(kernel, tmp_path, r
 def test_no_remark_if_nothing_begins(model_file, tmp_path, run):
     status, printed = run("regularize", model_file, "--max-steps", -1, "--output", tmp_path / "new.keras")
     assert status == 2
-    assert (
-        printed.err == "tf-frobreg regularize: error: max_steps must be at least 0. Received: max_steps=-1\n"
-    )
+    message = "error: --max-steps must be at least 0. Received: --max-steps=-1\n"
+    assert printed.err == f"tf-frobreg regularize: {message}"
 
 
 def test_kernels_that_did_not_converge_have_a_line_with_a_remedy(model_file, tmp_path, run):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from geometries import CIRCULAR_CASES, KERAS_CASES, label
 
 from tf_frobreg.convolution.geometry import Convolution
@@ -47,6 +48,14 @@ def test_from_groups_inverts_by_group(case):
         ({"input_size": (8, 8, 8)}, "input_size must be an int or 2 ints"),
         ({"input_size": (8, 9, 2)}, r"Received: input_size=\(8, 9, 2\) .write \(8, 9\), without channels.$"),
         ({"kernel_shape": (3, 2, 4), "input_size": (8, 2)}, r"write \(8,\), without channels"),
+        ({"input_size": (5, 8, 9, 2)}, r"2\) \(write \(8, 9\), without batch and channels\)$"),
+        (
+            {"input_size": (None, 28, 28, 1)},
+            r"input_size must hold one integer per spatial axis, without batch and channels. "
+            r"Received: input_size=\(None, 28, 28, 1\)$",
+        ),
+        ({"input_size": tf.TensorShape((None, 28, 28, 1))}, "per spatial axis, without batch and channels"),
+        ({"strides": (1, None)}, "strides must hold one integer per spatial axis"),
         ({"input_size": (8,)}, r"input_size must be an int or 2 ints.*Received: input_size=\(8,\)$"),
         ({"input_size": 8.0}, "input_size must be an integer. Received: input_size=8.0"),
         ({"input_size": True}, "input_size must be an integer"),

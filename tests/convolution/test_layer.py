@@ -117,6 +117,13 @@ def test_the_parts_of_a_separable_layer_make_up_the_layer():
             function(layer)
 
 
+def test_a_wrong_part_gets_a_hint():
+    layer = keras.layers.SeparableConv2D(5, 3, name="sep")
+    keras.Sequential([keras.Input((7, 6, 3)), layer])
+    with pytest.raises(ValueError, match=r"for layer 'sep'.*'pointwse' \(did you mean 'pointwise'\?\)"):
+        fr.Convolution.from_layer(layer, part="pointwse")
+
+
 def test_part_is_for_separable_layers():
     with pytest.raises(ValueError, match="part must be None for layer .*Received: part='depthwise'"):
         fr.Convolution.from_layer(CASES[0].layer(CASES[0].kernel()), part="depthwise")
@@ -128,7 +135,9 @@ def test_the_size_is_that_of_the_calls():
     assert fr.Convolution.from_layer(layer).input_size == (8, 9)
     assert fr.Convolution.from_layer(layer, 5).input_size == (5, 5)
     keras.Model(second := keras.Input((12, 9, 1)), layer(second))
-    with pytest.raises(ValueError, match=r"input_size must be given, .*\(8, 9\) and \(12, 9\) recorded"):
+    with pytest.raises(
+        ValueError, match=r"called at the sizes \(8, 9\), \(12, 9\)\. .*model_spectrum\(model\)"
+    ):
         fr.singular_values(layer)
     assert np.array_equal(fr.singular_values(layer, 6), fr.singular_values(layer.kernel, 6, padding="valid"))
 
@@ -136,7 +145,9 @@ def test_the_size_is_that_of_the_calls():
 def test_an_open_size_must_be_given():
     layer = keras.layers.Conv2D(2, 3)
     keras.Sequential([keras.Input((None, 9, 1)), layer])
-    with pytest.raises(ValueError, match=r"input_size must be given, .*\(None, 9\) recorded"):
+    with pytest.raises(
+        ValueError, match=r"input_size must be given for layer .*leaves its size open, \(None, 9\)"
+    ):
         fr.frobenius_penalty(layer)
     assert fr.Convolution.from_layer(layer, (8, 9)).input_size == (8, 9)
 
@@ -191,7 +202,11 @@ def built(layer, *shape):
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
-        (keras.layers.Conv2D(2, 3), {}, "it has not been built"),
+        (
+            keras.layers.Conv2D(2, 3),
+            {},
+            "layer .conv2d.* has not been built: build it, or call it once on a batch",
+        ),
         (built(Overriding(2, 3), 8, 8, 1), {}, "its class, Overriding, overrides call"),
         (built(keras.layers.Conv1D(2, 3, padding="causal"), 8, 1), {}, "padding='causal' is not supported"),
         (keras.layers.Flatten(), {}, "layer must be a Keras convolution or Dense layer. Received: layer=<Fl"),

@@ -51,6 +51,8 @@ def test_the_config_has_lists_and_is_taken_again():
     [
         ({"input_size": 0}, ValueError, "input_size must be at least 1"),
         ({"input_size": "8"}, TypeError, "input_size must be an integer"),
+        ({"input_size": (None, 28, 28, 1)}, TypeError, "per spatial axis, without batch and channels"),
+        ({"input_size": (5, 28, 28, 1)}, ValueError, "at most 3 entries, .* without batch and channels"),
         ({"input_size": (8, 8), "strides": (1, 1, 1)}, ValueError, "strides must be an int or 2 ints"),
         ({"input_size": 8, "stride": 2}, TypeError, "unknown argument 'stride'"),
         ({"input_size": (), "kind": "depthwise"}, ValueError, "kind='depthwise' needs a spatial axis"),

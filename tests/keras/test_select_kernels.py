@@ -79,7 +79,13 @@ def test_a_function_may_match_nothing_and_every_kind_of_list_is_taken(pattern):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"include": "frist"}, ValueError, "include must match a layer with a kernel .first, .*='frist'"),
+        (
+            {"include": "frist"},
+            ValueError,
+            r"include must match a layer with a kernel. Received: include='frist' \(did you mean 'first'\?\)"
+            r"\. Names: first, separable/depthwise, separable/pointwise, up, top$",
+        ),
+        ({"include": "tpo"}, ValueError, r"include='tpo' \(did you mean 'top'\?\)"),
         ({"include": "re_lu*"}, ValueError, "include must match a layer with a kernel"),
         ({"exclude": ["top", "x"]}, ValueError, "exclude must match a layer .*Received: exclude='x'"),
         ({"include": LAYERS.LSTM}, ValueError, "include must match a layer .*LSTM"),
@@ -102,6 +108,32 @@ def test_an_unknown_image_size_matters_only_for_selected_layers():
         select(model)
     assert select(model, exclude="conv").left_out == {"conv": "excluded"}
     assert names_of(select(model, input_size=8)) == ["conv", "top"]
+
+
+def test_a_layer_by_itself_is_not_excluded_but_given_a_size():
+    layer = LAYERS.Conv2D(2, 3, name="conv")
+    layer.build((None, None, None, 2))
+    message = r"layer 'conv' cannot be treated: .*give input_size, or a model of fixed size\. Received"
+    with pytest.raises(ValueError, match=message):
+        select(layer)
+    assert [kernel.conv.input_size for kernel in select(layer, input_size=8).kernels] == [(8, 8)]
+
+
+def test_a_long_list_of_names_is_shortened():
+    layers = [LAYERS.Dense(2, name=f"layer_{n}") for n in range(30)]
+    with pytest.raises(ValueError, match=r"'layer_(\d+)'\?\)\. Names: layer_0, .*, layer_7 and 22 others$"):
+        select(keras.Sequential([keras.Input((2,)), *layers]), include="layer99")
+
+
+@pytest.mark.parametrize(("strides", "ending"), [(1, ""), (2, "; penalised only with the geometry of 'a'")])
+def test_a_shared_kernel_of_another_geometry_is_named(strides, ending):
+    a, b = LAYERS.Conv2D(2, 3, name="a"), LAYERS.Conv2D(2, 3, strides=strides, name="b")
+    inputs = keras.Input((8, 8, 2))
+    model = keras.Model(inputs, [a(inputs), b(inputs)])
+    b._tracker.unlock()
+    b._kernel = a._kernel
+    reasons = [kernel.reason_to_skip() for kernel in select(model).kernels]
+    assert reasons == [None, f"it shares its kernel with 'a'{ending}"]
 
 
 def test_selection_lists_what_cannot_be_treated():

@@ -69,7 +69,9 @@ def test_an_open_backbone_in_a_fixed_model_needs_no_size(recwarn):
     assert list(regularize_model(model, max_steps=1).results) == ["a", "top"]
     assert sizes(backbone) == {"a": (7, 9)}  # the only use of it has a size
     assert sizes(backbone, 12) == {"a": (12, 12)}
-    with pytest.raises(ValueError, match="input_size goes with a model that leaves the size of its images"):
+    with pytest.raises(
+        ValueError, match=r"leaves the size .* the input .* has the fixed shape \(None, 7, 9, 2\)"
+    ):
         read_kernels(model, 7)
     assert not recwarn
 
@@ -93,8 +95,8 @@ def test_several_open_inputs_get_their_sizes_by_name(two_sizes):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lefd": 6}, r"names of inputs or layers \(left, right, a, b\).*did you mean 'left'"),
-        ({"left": (6, 5, 4)}, "must be an int or 2 ints for an input of shape"),
+        ({"lefd": 6}, r"inputs or layers.*'lefd' \(did you mean 'left'\?\).*\. Names: left, right, a, b$"),
+        ({"left": (6, 5, 4)}, "must be an int or 2 ints for the input 'left' of shape"),
         ({"left": 0, "right": 3}, "input_size must be at least 1"),
         ({"left": 9, "right": 2}, "input_size must suit the model, which fails on such images"),
         (
@@ -111,6 +113,60 @@ def test_wrong_sizes_by_name(two_sizes, given, message):
     else:
         with pytest.raises(ValueError, match=message):
             read_kernels(two_sizes, given)
+
+
+@pytest.fixture
+def fixed_sizes():
+    """A model with two images and a vector, of which nothing is open."""
+    left, right = keras.Input((8, 8, 2), name="left"), keras.Input((6, 7, 2), name="right")
+    vector = keras.Input((3,), name="vector")
+    outputs = [conv("a")(left), conv("b")(right), LAYERS.Dense(2, name="c")(vector)]
+    return keras.Model([left, right, vector], outputs)
+
+
+@pytest.mark.parametrize(
+    "given", [{"left": 8, "right": (6, 7)}, {"left": (8, 8)}, {"a": 8}, {"b": [6, 7], "left": 8}, {}]
+)
+def test_the_size_that_the_model_has_may_be_given(given, fixed_sizes):
+    assert sizes(fixed_sizes, given) == {"a": (8, 8), "b": (6, 7), "c": ()}
+
+
+@pytest.mark.parametrize("given", [8, (8, 8), np.array([8, 8]), {"image": 8}, {"conv": (8, 8)}])
+def test_one_size_may_be_that_of_the_only_image(given):
+    image, vector = keras.Input((8, 8, 2), name="image"), keras.Input((3,), name="vector")
+    model = keras.Model([image, vector], [conv()(image), LAYERS.Dense(2, name="top")(vector)])
+    assert sizes(model, given) == {"conv": (8, 8), "top": ()}
+
+
+def test_a_size_may_repeat_the_axes_that_are_not_open():
+    model = keras.Sequential([keras.Input((None, 9, 2)), conv()])
+    assert sizes(model, 8) == sizes(model, (8,)) == sizes(model, (8, 9)) == {"conv": (8, 9)}
+    with pytest.raises(ValueError, match="must be an int or 1 ints for the input .* of shape"):
+        sizes(model, (8, 10))
+
+
+def test_one_size_fills_only_the_open_inputs():
+    left, right = keras.Input((None, None, 2), name="left"), keras.Input((6, 7, 2), name="right")
+    model = keras.Model([left, right], [conv("a")(left), conv("b")(right)])
+    assert sizes(model, 9) == {"a": (9, 9), "b": (6, 7)}
+    with pytest.raises(ValueError, match="the input 'right' has the fixed shape"):
+        sizes(model, {"left": 9, "right": 9})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (8, r"the input 'right' has the fixed shape \(None, 6, 7, 2\). Received: input_size=8"),
+        ({"left": 9}, r"the input 'left' has the fixed shape .* Received: input_size={'left': 9}"),
+        ({"left": (8, 8, 2)}, "the input 'left' has the fixed shape"),
+        ({"left": 0}, "input_size must be at least 1. Received: input_size=0"),
+        ({"vector": 3}, r"the input 'vector' has the fixed shape \(None, 3\)"),
+        ({"a": 9}, r"for layer 'a': the model applies it to images of size \(8, 8\). .*{'a': 9}"),
+    ],
+)
+def test_another_size_than_the_model_has_is_refused(given, message, fixed_sizes):
+    with pytest.raises(ValueError, match=message):
+        sizes(fixed_sizes, given)
 
 
 class Keywords(LAYERS.Layer):
@@ -238,7 +294,9 @@ def test_layers_of_one_variable_get_one_penalty():
     model = keras.Model(inputs, second(hidden))
     report = attach_regularizers(model, factor=1.0, reduction="sum")
     assert list(report.attached) == ["first"]
-    assert report.left_out == {"second": "it shares its kernel with 'first'"}
+    assert report.left_out == {
+        "second": "it shares its kernel with 'first'; penalised only with the geometry of 'first'"
+    }
     sigma = impulse_sigma(first, (8, 8, 3))
     assert len(model.losses) == 1
     zeros = 8 * 8 * 3 - len(sigma)  # M is wide: its other σ are 0

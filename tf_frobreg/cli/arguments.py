@@ -109,6 +109,8 @@ class _InputSize(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error("argument --input-size: give it once, followed by all sizes")
         named = [text.rpartition("=") for text in values]
         try:
             sizes = [[int(n) for n in size.lower().split("x")] for _, _, size in named]
@@ -120,6 +122,13 @@ class _InputSize(argparse.Action):
                 f"argument --input-size: must be N, one N per axis, or NAME=N or NAME=NxN for each input. "
                 f"Received: {' '.join(values)!r}"
             )
+        names = [name for name, _, _ in named]
+        for name in names:
+            if not plain and names.count(name) > 1:
+                parser.error(
+                    f"argument --input-size: must have each name once. Received: {name!r} in "
+                    f"{' '.join(values)!r}"
+                )
         per_name = {name: _size(size) for (name, _, _), size in zip(named, sizes, strict=True)}
         setattr(namespace, self.dest, _size([n for size in plain for n in size]) if plain else per_name)
 
@@ -231,8 +240,8 @@ def _add_spectrum(commands: Any) -> None:
         help="show the singular values of kernels or of a whole model",
         description="Show σmax, σmin, the condition number and the penalty R of each kernel in a file. For a "
         "model, image size, strides, padding and so on are read from the layers. Bias and activation are "
-        "ignored. Exit status: 0 measured, 1 accuracy not reached or nothing measured, 2 bad input, 130 "
-        "interrupted.",
+        "ignored. Exit status: 0 measured, 1 accuracy not reached, nothing measured, or the image size of a "
+        "layer not known, 2 bad input, 130 interrupted.",
     )
     parser.add_argument(
         "file",
@@ -274,8 +283,8 @@ def _add_geometry(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="N",
         action=_InputSize,
-        help="size of the image, N or one N per axis; required for kernels and for models that leave it "
-        "open; LEFT=32 RIGHT=64x48 gives the sizes of inputs or layers by their names",
+        help="size of the image, N or one N per axis; required for kernels of convolutions and for models "
+        "that leave it open; LEFT=32 RIGHT=64x48 gives the sizes of inputs or layers by their names",
     )
     # Without an option the default of the library holds.
     unset = argparse.SUPPRESS

@@ -17,6 +17,7 @@ from tf_frobreg.cli.files import (
     PICTURES,
     BadInput,
     OutputFile,
+    as_options,
     check_ending,
     output_files,
     read_kernel,
@@ -96,13 +97,15 @@ def regularize(options: RegularizeOptions) -> int:
 
 def _regularize_kernel(options: RegularizeOptions) -> int:
     input_size = size_of_images(options.input_size, options.file)
-    if input_size is None:
-        raise BadInput(f"--input-size is needed for a kernel without a model. Received: {options.file}")
     for name in ("include", "exclude"):
         if getattr(options, name) is not None:
             raise BadInput(f"--{name} goes with a model, not with a kernel. Received: {options.file}")
     check_ending("--output", options.output, ".npy")
     kernel = read_kernel(options.file)
+    if input_size is None and kernel.ndim != 2:
+        raise BadInput(f"--input-size is needed for the kernel of a convolution. Received: {options.file}")
+    if input_size is None:  # the kernel of a Dense layer, which has no image
+        input_size = ()
     files = _output_files(options)
     alpha = 1.0 if options.alpha is None else options.alpha
     load_tensorflow()
@@ -261,7 +264,9 @@ def _model_report(descent: "ModelDescent") -> str:
     )
 
     remarks = [  # only Ctrl-C makes the callback stop
-        line.replace(tf_frobreg.StopReason.STOPPED.value, INTERRUPTED).replace(NOT_REACHED, "interrupted")
+        as_options(line)
+        .replace(tf_frobreg.StopReason.STOPPED.value, INTERRUPTED)
+        .replace(NOT_REACHED, "interrupted")
         for line in descent_remarks(descent)
     ]
     farthest = max(descent.changes.values())

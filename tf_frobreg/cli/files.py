@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = (".png", ".pdf", ".svg")
+_UNDERSCORED = re.compile(r"\b(input_size|dilation_rate|learning_rate|max_steps)\b")  # options with dashes
 
 
 class BadInput(Exception):
@@ -27,7 +29,14 @@ def refusals_as_bad_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise BadInput(str(error)) from None
+        raise BadInput(as_options(str(error))) from None
+
+
+def as_options(message: str) -> str:
+    """Returns a message of the library with the options of the command in place of its arguments."""
+    message = re.sub(r"\b(include|exclude)='([^']*)'", r"--\1 \2", message)
+    message = message.replace("input_size=None", "no input_size")
+    return re.sub(_UNDERSCORED, lambda found: f"--{found[0].replace('_', '-')}", message)
 
 
 def read_kernel(path: str) -> np.ndarray:

@@ -120,7 +120,8 @@ class Convolution:
         Args:
             layer: A convolution of any kind, or `Dense`.
             input_size: Spatial size of the layer's input, an int or one int per axis. None takes the size
-                that Keras recorded, if the layer has been applied to images of one size.
+                that Keras recorded, if the layer has been applied to images of one size. `model_spectrum` and
+                `attach_regularizers` read the sizes in a whole model.
             part: "depthwise" or "pointwise", for the two kernels of a separable convolution.
 
         Returns:
@@ -298,7 +299,7 @@ def check_layer_geometry(
     for name, value in sequences:
         if len(value) > max(LAYERS) - 2:
             raise ValueError(
-                f"{name} must have at most 3 entries, one per spatial axis. "
+                f"{name} must have at most 3 entries, one per spatial axis, without batch and channels. "
                 f"Received: {name}={reprlib.repr(value)}"
             )
         first, reference = sequences[0]
@@ -347,7 +348,13 @@ def _check_size(name: str, value: Any) -> int | tuple[int, ...]:
     """Returns an int, or a tuple of ints."""
     if not np.ndim(value) > 0:  # works for lists, tuples, arrays, tensors and TensorShapes alike
         return check_integer(name, value)
-    return tuple(check_integer(name, n) for n in value)
+    sizes = tuple(value)
+    if any(n is None for n in sizes):  # as in the shape of a batch, (None, 28, 28, 1)
+        raise TypeError(
+            f"{name} must hold one integer per spatial axis, without batch and channels. "
+            f"Received: {name}={reprlib.repr(sizes)}"
+        )
+    return tuple(check_integer(name, n) for n in sizes)
 
 
 def _per_axis(name: str, size: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -360,6 +367,10 @@ def _per_axis(name: str, size: int | tuple[int, ...], rank: int) -> tuple[int, .
         wanted = (
             f"an int or {rank} ints, one per spatial axis of the kernel" if rank else f"() {NO_SPATIAL_AXIS}"
         )
-        hint = f" (write {size[:rank]}, without channels)" if 0 < rank == len(size) - 1 else ""
+        hint = ""
+        if 0 < rank == len(size) - 1:
+            hint = f" (write {size[:-1]}, without channels)"
+        elif 0 < rank == len(size) - 2:
+            hint = f" (write {size[1:-1]}, without batch and channels)"
         raise ValueError(f"{name} must be {wanted}. Received: {name}={reprlib.repr(size)}{hint}")
     return size

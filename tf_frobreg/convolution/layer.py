@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import keras
 
+from tf_frobreg.checks import did_you_mean, enumeration
 from tf_frobreg.convolution.geometry import Convolution, Size
 
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
@@ -128,7 +129,9 @@ def read_layer(layer: Any, input_size: Size | None = None, part: str | None = No
     parts = [place.part for place in places]
     if (part or "") not in parts:
         wanted = "must be None" if parts == [""] else f"must be one of {tuple(parts)}"
-        raise ValueError(f"part {wanted} for layer {layer.name!r}. Received: part={part!r}")
+        raise ValueError(
+            f"part {wanted} for layer {layer.name!r}. Received: part={part!r}{did_you_mean(part, parts)}"
+        )
     return places[parts.index(part or "")]
 
 
@@ -138,6 +141,8 @@ def check_layer(layer: Any) -> None:
         raise TypeError(
             f"layer must be a Keras convolution or Dense layer. Received: layer={reprlib.repr(layer)}"
         )
+    if not layer.built:
+        raise ValueError(f"layer {layer.name!r} has not been built: build it, or call it once on a batch")
     reason = why_unsupported(layer)  # not :=, which AutoGraph warns about
     if reason is not None:
         raise ValueError(f"layer {layer.name!r} has no matrix that its kernel determines: {reason}")
@@ -148,9 +153,11 @@ def _recorded_size(layer: keras.layers.Layer) -> tuple[int, ...]:
     sizes = image_sizes(layer, recorded_shapes(layer))
     known = [tuple(n for n in size if n is not None) for size in sizes]
     if len(sizes) != 1 or len(known[0]) < len(sizes[0]):
-        found = " and ".join(map(str, sizes)) or "none"
+        found = enumeration([str(size) for size in sizes])
+        cause = f"was called at the sizes {found}" if len(sizes) > 1 else f"leaves its size open, {found}"
         raise ValueError(
-            f"input_size must be given, because layer {layer.name!r} does not have one image size of its "
-            f"own ({found} recorded). Received: input_size=None"
+            f"input_size must be given for layer {layer.name!r}, which "
+            f"{cause if sizes else 'has no recorded size'}. Received: input_size=None. In a model, "
+            "model_spectrum(model) and attach_regularizers(model) read the size that each layer sees."
         )
     return known[0]

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.checks import did_you_mean
+from tf_frobreg.checks import did_you_mean, enumeration
 from tf_frobreg.convolution.geometry import Convolution, Size
 from tf_frobreg.convolution.layer import (
     KNOWN,
@@ -22,7 +22,7 @@ from tf_frobreg.convolution.layer import (
     recorded_shapes,
     why_unsupported,
 )
-from tf_frobreg.keras.trace import InputSize, Trace, trace_model
+from tf_frobreg.keras.trace import InputSize, Trace, is_size, trace_model
 
 
 class LayerKernel(NamedTuple):
@@ -39,6 +39,7 @@ class LayerKernel(NamedTuple):
         is_recorded: Whether the size is that of an earlier call, because no call of the model reaches the
             layer.
         shares: Name of an earlier kernel that is held in the same variable, or "".
+        shares_geometry: Whether the layer applies the kernel as the layer of that earlier kernel does.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LayerKernel(NamedTuple):
     other_sizes: tuple[Shape, ...] = ()
     is_recorded: bool = False
     shares: str = ""
+    shares_geometry: bool = True
 
     @property
     def variable(self) -> Any:
@@ -81,7 +83,8 @@ class LayerKernel(NamedTuple):
         if variable is None:
             return f"its class, {type(self.layer).__name__}, computes the kernel from other weights"
         if self.shares:
-            return f"it shares its kernel with {self.shares!r}"
+            only = "" if self.shares_geometry else f"; penalised only with the geometry of {self.shares!r}"
+            return f"it shares its kernel with {self.shares!r}{only}"
         if dtypes is not None and variable.dtype not in dtypes:
             return f"its kernel is {variable.dtype}"
         return None
@@ -204,16 +207,18 @@ def _read_layer(
     seen = trace.shapes.get(id(layer))
     sizes = image_sizes(layer, seen or recorded_shapes(layer))
     if given is not None and seen and None not in sizes[0]:
-        raise ValueError(
-            f"input_size must not be given for layer {name!r}: the model applies it to images of size "
-            f"{sizes[0]}. Received: input_size={{{name!r}: {given!r}}}"
-        )
+        if not is_size(given, sizes[0]):
+            raise ValueError(
+                f"input_size must not be given for layer {name!r}: the model applies it to images of size "
+                f"{sizes[0]}. Received: input_size={{{name!r}: {given!r}}}"
+            )
+        given = None  # the size that the layer has anyway
     size: Any = given if given is not None else next(iter(sizes), None)
     if size is None:
         return UntreatedLayer(name, layer, "the shape of its input is not recorded")
     if np.ndim(size) and None in size:
-        reason = f"its image size is unknown, {size}: give input_size (--input-size)"
-        return UntreatedLayer(name, layer, f"{reason}, or a model of fixed size", of_unknown_size=True)
+        reason = f"its image size is unknown, {size}: give input_size, or a model of fixed size"
+        return UntreatedLayer(name, layer, reason, of_unknown_size=True)
     try:
         places = kernel_places(layer, size)
     except (ValueError, TypeError, AttributeError) as error:  # for example an attribute that was replaced
@@ -249,8 +254,9 @@ def _sizes_by_layer(
         elif name not in inputs:
             known = (*inputs, *(key for key, layer in layers.items() if isinstance(layer, KNOWN)))
             raise ValueError(
-                f"input_size must have names of inputs or layers ({', '.join(known)}). "
-                f"Received: input_size={reprlib.repr(input_size)}{did_you_mean(name, known)}"
+                f"input_size must have names of inputs or layers. Received: the name {name!r}"
+                f"{did_you_mean(name, known)} in input_size={reprlib.repr(input_size)}. "
+                f"Names: {enumeration(known)}"
             )
     return sizes
 
@@ -261,7 +267,7 @@ def _warn_of_recorded_sizes(kernels: Sequence[LayerKernel], problem: str | None)
     if names:
         cause = f"the model could not be followed ({problem})" if problem else "the model does not call them"
         warnings.warn(
-            f"The image size of {', '.join(names)} is that of an earlier call, because {cause}. "
+            f"The image size of {enumeration(names)} is that of an earlier call, because {cause}. "
             "input_size={name: size} sets it.",
             stacklevel=4,
         )

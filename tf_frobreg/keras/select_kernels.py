@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from tf_frobreg.checks import did_you_mean
+from tf_frobreg.checks import did_you_mean, enumeration
 from tf_frobreg.keras.read_layers import LayerKernel, read_kernels
 from tf_frobreg.keras.trace import InputSize
 
@@ -71,9 +71,11 @@ def select_kernels(
         if untreated.name in left_out:
             continue
         if untreated.of_unknown_size:
+            # A layer by itself cannot be left out.
+            other = "" if untreated.layer is model else f". Or leave it out, exclude={untreated.name!r}"
             raise ValueError(
-                f"layer {untreated.name!r} cannot be treated: {untreated.reason}. Or leave it out, "
-                f"exclude={untreated.name!r}. Received: input_size={input_size}"
+                f"layer {untreated.name!r} cannot be treated: {untreated.reason}{other}. "
+                f"Received: input_size={input_size}"
             )
         left_out[untreated.name] = untreated.reason
     return SelectedKernels(kernels, left_out)
@@ -81,12 +83,14 @@ def select_kernels(
 
 def _with_shared(kernels: Iterable[LayerKernel]) -> list[LayerKernel]:
     """Notes which kernels are held in the variable of an earlier one."""
-    owners: dict[int, str] = {}
+    owners: dict[int, LayerKernel] = {}
     noted = []
     for kernel in kernels:
         variable = kernel.variable
-        owner = kernel.name if variable is None else owners.setdefault(id(variable), kernel.name)
-        noted.append(kernel if owner == kernel.name else kernel._replace(shares=owner))
+        owner = kernel if variable is None else owners.setdefault(id(variable), kernel)
+        if owner is not kernel:
+            kernel = kernel._replace(shares=owner.name, shares_geometry=owner.conv == kernel.conv)
+        noted.append(kernel)
     return noted
 
 
@@ -125,8 +129,9 @@ def check_matches(
         if not is_function and not any(matches(pattern, candidate) for candidate in among):
             names = [candidate.name for candidate in candidates]
             raise ValueError(
-                f"{argument} must match a layer with a kernel ({', '.join(names) or 'none'}). "
-                f"Received: {argument}={pattern!r}{did_you_mean(pattern, names)}"
+                f"{argument} must match a layer with a kernel. "
+                f"Received: {argument}={pattern!r}{did_you_mean(pattern, names)}. "
+                f"Names: {enumeration(names) or 'none'}"
             )
 
 

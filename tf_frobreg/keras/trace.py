@@ -95,8 +95,8 @@ def trace_model(
     else:
         given = dict.fromkeys(names, input_size) if input_size is not None else {}
     calls = own or used
-    if given:
-        _check_changeable(own, given)
+    if given and input_size is not None:
+        _check_changeable(model, own, input_size)
         calls = [calls[0].map(lambda name, tensor: _resized(model, name, tensor, given))]
     elif own and own[0].is_open:  # perhaps another model calls it on inputs of fixed size
         calls = [call for call in used if not call.is_open] or own
@@ -212,21 +212,52 @@ def _specs(shape: Any, dtype: str) -> Any:
     return [_specs(part, dtype) for part in shape]
 
 
-def _check_changeable(own: Sequence[_Call], given: Mapping[str, Size]) -> None:
-    """Raises ValueError if a Functional model has a fixed input size, which `input_size` would not change."""
-    if own and not own[0].is_open:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in own[0].tensors)
-        raise ValueError(
-            "input_size goes with a model that leaves the size of its images open; this one has inputs of "
-            f"shape {shapes}. Received: input_size={next(iter(given.values()))!r}"
-        )
+def is_size(given: Size, size: Sequence[int | None]) -> bool:
+    """Returns whether a given size, one int for all axes or one per axis, is this size."""
+    values: Any = given
+    checked = [check_integer("input_size", n) for n in (values if np.ndim(values) else [values] * len(size))]
+    return checked == list(size)
+
+
+def _check_changeable(model: keras.layers.Layer, own: Sequence[_Call], input_size: InputSize) -> None:
+    """Checks that no input of a Functional model has another fixed size than the given one.
+
+    One size for all inputs fills the open ones if there are any. Otherwise it must be that of all images.
+
+    Raises:
+        ValueError: If an input has another fixed size.
+    """
+    inputs = [
+        (name, tensor.shape) for call in own for name, tensor in zip(call.names, call.tensors, strict=True)
+    ]
+    if not isinstance(input_size, Mapping):
+        if any(call.is_open for call in own):
+            return
+        inputs = [(name, shape) for name, shape in inputs if len(shape) > 2] or inputs
+    for name, shape in inputs:
+        given = input_size.get(name) if isinstance(input_size, Mapping) else input_size
+        if given is None or None in shape[1:]:
+            continue
+        size = [shape[axis] for axis in _image_axes(model, shape)]
+        if not size or not is_size(given, size):
+            raise ValueError(
+                "input_size goes with a model that leaves the size of its images open; the input "
+                f"{name!r} has the fixed shape {tuple(shape)}. "
+                f"Received: input_size={reprlib.repr(input_size)}"
+            )
+
+
+def _image_axes(model: keras.layers.Layer, shape: Sequence[int | None]) -> list[int]:
+    """Returns the axes of an input that are not batch and channels."""
+    first = getattr(model, "data_format", keras.config.image_data_format()) == "channels_first"
+    return list(range(2, len(shape)) if first else range(1, len(shape) - 1))
 
 
 def _resized(model: keras.layers.Layer, name: str, spec: Any, given: Mapping[str, Size]) -> Any:
     """Returns an input with the size that was given for it.
 
-    The size fills the open axes of a Functional model's input. The input of any other model or layer has no
-    fixed size: there it replaces all axes of the image.
+    The size fills the open axes of a Functional model's input, and may repeat the others. The input of any
+    other model or layer has no fixed size: there it replaces all axes of the image.
 
     Raises:
         ValueError: If the number of axes differs.
@@ -234,17 +265,18 @@ def _resized(model: keras.layers.Layer, name: str, spec: Any, given: Mapping[str
     shape = tuple(spec.shape)
     if name not in given:
         return spec
+    image = _image_axes(model, shape)
     is_free = not getattr(model, "inputs", None) and len(shape) > 2
-    if is_free:
-        first = getattr(model, "data_format", keras.config.image_data_format()) == "channels_first"
-        axes = list(range(2, len(shape)) if first else range(1, len(shape) - 1))
-    else:
-        axes = [axis for axis, n in enumerate(shape) if n is None and axis > 0]
+    axes = image if is_free else [axis for axis, n in enumerate(shape) if n is None and axis > 0]
     sizes: Any = given[name]
     values = [check_integer("input_size", n) for n in (sizes if np.ndim(sizes) else [sizes] * len(axes))]
+    if len(values) == len(image) and all(
+        shape[axis] in (None, n) for axis, n in zip(image, values, strict=True)
+    ):
+        axes = image  # a size for each axis, which repeats those that are not open
     if axes and len(values) != len(axes):
         raise ValueError(
-            f"input_size must be an int or {len(axes)} ints for an input of shape {shape}. "
+            f"input_size must be an int or {len(axes)} ints for the input {name!r} of shape {shape}. "
             f"Received: input_size={reprlib.repr(sizes)}"
         )
     by_axis = dict(zip(axes, values, strict=False))  # an input without open axes takes no size
