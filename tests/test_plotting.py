@@ -230,6 +230,12 @@ def test_the_axis_of_the_bars_shows_all_ends(sigma_max, sigma_min, scale):
             assert place[0] - start[0] > 0.05
 
 
+def test_a_smallest_singular_value_that_is_noise_is_drawn_at_its_bound():
+    ends = ExtremeSingularValues(1.5, 1e-17, 0.0, 2e-3, True, True)
+    figure = plot_spectrum({"noise": ends, "known": EXTREMES})
+    assert bars(figure.axes[0], "σmin to σmax") == [(2e-3, 1.5), (0.25, 1.5)]
+
+
 def test_an_unknown_smallest_singular_value_is_not_drawn():
     figure = plot_spectrum({"both": EXTREMES, "one": ends_only(2.0, np.nan)})
     (axes,) = figure.axes
@@ -335,7 +341,7 @@ def test_a_training_is_drawn_by_layer_and_epoch():
             measured = np.isfinite(values)
             np.testing.assert_array_equal(line.get_xdata(), HISTORY["epoch"][measured])
             np.testing.assert_array_equal(line.get_ydata(), values[measured])
-    assert labels(figure.axes[1]) == ["first", "block/second"]
+    assert labels(figure.axes[1]) == ["√α", "first", "block/second"]
     assert as_png(figure).startswith(b"\x89PNG")
 
 
@@ -353,7 +359,7 @@ def test_few_layers_have_clearly_different_colours():
     left, right = plot_training(history).axes
     lines = [line for line in left.lines if line is not dashed(left)]
     assert len({line.get_color() for line in lines}) == 8
-    assert labels(right) == [f"conv{n}" for n in range(8)]
+    assert labels(right) == ["√α", *(f"conv{n}" for n in range(8))]
     assert (left.get_yscale(), right.get_yscale()) == ("linear", "symlog")
     assert left.get_ylim()[1] > 9
 
@@ -363,7 +369,7 @@ def test_lines_of_layers_with_targets_of_their_own():
     for axes in figure.axes:
         targets = [list(line.get_ydata()) for line in axes.lines if line.get_linestyle() == "--"]
         assert targets == [[1.0, 1.0], [2.0, 2.0]]
-    assert labels(figure.axes[1]) == ["first, √α = 1", "block/second, √α = 2"]
+    assert labels(figure.axes[1]) == ["√α", "first, √α = 1", "block/second, √α = 2"]
     figure = plot_training(HISTORY, {"first": 4.0, "block/second": 4.0})
     assert list(dashed(figure.axes[0]).get_ydata()) == [2.0, 2.0]
     with pytest.raises(
@@ -428,6 +434,49 @@ def test_a_column_of_a_heatmap_reaches_half_the_way_to_its_neighbours():
     assert axes.get_xticks().tolist() == [3.0]
 
 
+@pytest.mark.parametrize("layers", [1, 10])
+@pytest.mark.parametrize(
+    ("epochs", "ticks"),
+    [
+        ([3.0], [3.0]),
+        ([0.0, 1.0], [0.0, 1.0]),
+        ([0.0, 1.0, 2.0], [0.0, 1.0, 2.0]),
+        ([0.0, 0.75, 1.5], [0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5]),
+        ([0.0, 1.5, 3.0], [0.0, 1.0, 2.0, 3.0]),
+        (list(range(21)), [0.0, 4.0, 8.0, 12.0, 16.0, 20.0]),
+    ],
+)
+def test_ticks_of_epochs_lie_within_the_training(layers, epochs, ticks):
+    history = {"epoch": epochs}
+    for n in range(layers):
+        history |= {f"{n}/sigma_max": [2.0] * len(epochs), f"{n}/sigma_min": [0.5] * len(epochs)}
+    figure = plot_training(history)
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        assert axes.get_xticks().tolist() == ticks
+
+
+@pytest.mark.parametrize(
+    ("largest", "alpha", "ticks"),
+    [
+        (1.1, 1.0, [0.7, 0.8, 0.9, 1.0, 1.2, 1.5]),
+        (7.0, 1.0, [0.3, 1.0, 3.0]),
+        (4.0, 1.0, [0.3, 1.0, 3.0]),
+        (2.5, 1.0, [0.5, 1.0, 2.0]),
+        (30.0, 1.0, [0.1, 1.0, 10.0]),
+        (1e5, 1.0, [0.01, 0.1, 1.0, 10.0, 100.0]),
+        (3.0, 2.0, [0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0]),
+    ],
+)
+def test_ticks_of_colours_are_round_numbers(largest, alpha, ticks):
+    history = {"epoch": [0.0]}
+    for n in range(9):
+        history |= {f"conv{n}/sigma_max": [1 + (largest - 1) * n / 8], f"conv{n}/sigma_min": [np.nan]}
+    bar = plot_training(history, alpha).axes[1]
+    assert bar.get_yticks().tolist() == ticks
+    assert [tick.get_text() for tick in bar.get_yticklabels()] == [f"{tick:g}" for tick in ticks]
+
+
 def test_a_heatmap_of_layers_with_targets_of_their_own():
     history = long_history(9, 2)
     names = [f"conv5_block{n}_2_conv" for n in range(9)]
@@ -460,7 +509,7 @@ def test_colours_reach_to_the_farthest_value_within_limits(largest, width):
 def test_numbers_of_the_whole_model_are_drawn_if_there_are_no_others():
     whole = {name: values for name, values in HISTORY.items() if "/" not in name}
     figure = plot_training(whole)
-    assert labels(figure.axes[1]) == ["model"]
+    assert labels(figure.axes[1]) == ["√α", "model"]
     for axes, column in zip(figure.axes, ("sigma_max", "sigma_min"), strict=True):
         np.testing.assert_array_equal(axes.lines[-1].get_ydata(), HISTORY[column])
 

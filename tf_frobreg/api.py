@@ -10,14 +10,14 @@ from tf_frobreg.keras.attach_report import AttachReport
 from tf_frobreg.keras.callbacks import SingularValueMonitor
 from tf_frobreg.keras.constraints import SingularValueClip
 from tf_frobreg.keras.factor_schedule import FactorSchedule
+from tf_frobreg.keras.function_regularizer import FunctionRegularizer
 from tf_frobreg.keras.initializers import FrobeniusInitializer
 from tf_frobreg.keras.regularizers import (
     FrobeniusRegularizer,
-    FunctionRegularizer,
     ReshapedRegularizer,
     SpectralRegularizer,
-    SumRegularizer,
 )
+from tf_frobreg.keras.sum_regularizer import SumRegularizer
 from tf_frobreg.keras.whole_model import ModelDescent, model_spectrum, regularize_model
 from tf_frobreg.penalties.frobenius import (
     frobenius_gradient,
@@ -28,7 +28,9 @@ from tf_frobreg.penalties.frobenius import (
 from tf_frobreg.penalties.projection import clip_singular_values
 from tf_frobreg.penalties.reshaped import reshaped_penalty
 from tf_frobreg.penalties.two_norm import spectral_penalty
-from tf_frobreg.plotting import plot_convergence, plot_gradient_norms, plot_spectrum, plot_training
+from tf_frobreg.plotting.descents import plot_convergence
+from tf_frobreg.plotting.spectra import plot_spectrum
+from tf_frobreg.plotting.trainings import plot_gradient_norms, plot_training
 from tf_frobreg.spectrum.all_values import singular_values
 from tf_frobreg.spectrum.extremes import (
     ExtremeSingularValues,

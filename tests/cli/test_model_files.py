@@ -1,8 +1,11 @@
 """Models in files: what cannot be loaded gets one line, and no code in a file is run."""
 
+import warnings
+
 import keras
 import pytest
 
+from tf_frobreg import attach_regularizers
 from tf_frobreg.cli.files import BadInput
 from tf_frobreg.cli.model_files import load_model, load_model_and_weights, refuse_geometry, short
 
@@ -54,7 +57,38 @@ def test_a_class_that_is_not_known_has_a_hint(tmp_path):
         pass
 
     keras.Sequential([keras.Input((3,)), Own(2)]).save(tmp_path / "own.keras")
-    with pytest.raises(BadInput, match="in Python, model_spectrum and regularize_model accept such a model"):
+    hint = (
+        "in Python, load it with custom_objects={'Own': ...}: model_spectrum and regularize_model accept such"
+    )
+    with pytest.raises(BadInput, match=hint):
+        load_model(str(tmp_path / "own.keras"), "FILE")
+
+
+def not_known(kernel, convolution):
+    return keras.ops.sum(kernel)
+
+
+@pytest.mark.parametrize(
+    ("function", "hint"),
+    [
+        (
+            not_known,
+            "in Python, load it with custom_objects={'not_known': ...}: model_spectrum and regularize_model",
+        ),
+        (
+            lambda kernel, convolution: keras.ops.sum(kernel),
+            "load it with safe_mode=False if you trust the file",
+        ),
+    ],
+    ids=["function", "lambda"],
+)
+def test_a_penalty_whose_function_is_not_known_has_a_hint(function, hint, tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    attach_regularizers(model, penalty=function)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the lambda
+        model.save(tmp_path / "own.keras")
+    with pytest.raises(BadInput, match=hint):
         load_model(str(tmp_path / "own.keras"), "FILE")
 
 

@@ -120,6 +120,19 @@ def test_the_command_prints_the_report_of_the_library(directory, run):
     assert printed.out.splitlines() == [*str(model_spectrum(model)).splitlines(), others]
 
 
+def test_what_the_table_does_not_show_is_below_it(tmp_path, run):
+    model = keras.Sequential([keras.Input((8, 8, 2)), keras.layers.Conv2D(3, 3, padding="same", name="conv")])
+    attach_regularizers(model, padding="circular")
+    model.save(tmp_path / "model.keras")
+    _, printed = run("spectrum", tmp_path / "model.keras", "--json", tmp_path / "out.json")
+    remark = "penalised without border (circular), measured with the layer's padding"
+    assert f"conv: {remark}" in printed.out.splitlines()
+    (record,) = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["kernels"]
+    assert record["remark"] == remark
+    sigma = singular_values(model.layers[0])
+    assert record["sigma_max"] == pytest.approx(sigma[0], rel=1e-4)
+
+
 def test_a_model_of_unknown_size(directory, run):
     status, printed = run("spectrum", directory / "open.keras")
     assert status == 1
@@ -210,8 +223,8 @@ def test_plots(kind, ending, directory, tmp_path, run):
         (["kernel.npy"], "--input-size is needed for kernels without a model"),
         (["empty.npz"], "FILE must hold a kernel"),
         (["bias.npz", "--plot", "plot.png"], "--plot has nothing to draw: no kernel was measured"),
-        (["open.keras", "--input-size", 1], "input_size must suit the model"),
-        (["model.keras", "--input-size", 8], "input_size goes with a model that leaves the size"),
+        (["open.keras", "--input-size", 1], "--input-size must suit the model"),
+        (["model.keras", "--input-size", 8], "the input 'input_layer' has the fixed shape"),
         (["missing.npy", "--input-size", 8], "FILE cannot be read (No such file or directory)"),
         (["junk.npz", "--input-size", 8], "FILE must be a whole .npy or .npz file"),
         (["text.txt"], "FILE must end in .npy, .npz, .keras or .h5"),
@@ -221,7 +234,7 @@ def test_plots(kind, ending, directory, tmp_path, run):
         (["model.keras", "--plot", "plot.xyz"], "--plot must end in .png, .pdf or .svg"),
         (["model.keras", "--alpha", 0], "alpha must be a finite number above 0"),
         (["model.keras", "--accuracy", "nan"], "accuracy must be a finite number above 0"),
-        (["kernel.npy", "--input-size", 0], "input_size must be at least 1"),
+        (["kernel.npy", "--input-size", 0], "--input-size must be at least 1"),
         (["kernel.npy", "--input-size", 8, "--padding", "full"], "padding must be one of"),
     ],
 )
@@ -257,3 +270,17 @@ def test_a_kernel_in_the_order_of_pytorch_is_remarked_in_one_line(tmp_path, run)
     assert status == 0
     (line,) = [line for line in printed.err.splitlines() if "PyTorch" in line]
     assert line.startswith("torch: A kernel of shape (6, 2, 3, 3) seems to have PyTorch's order")
+
+
+def test_a_layer_without_a_size_changes_the_status(tmp_path, run):
+    left, right = (keras.Input((None, None, 1), name=name) for name in ("left", "right"))
+    a, b = keras.layers.Conv2D(2, 3, name="a"), keras.layers.Conv2D(2, 3, name="b")
+    keras.Model([left, right], [a(left), b(right)]).save(tmp_path / "two.keras")
+    status, printed = run("spectrum", tmp_path / "two.keras", "--input-size", "left=6")
+    assert status == 1
+    assert "1 kernel, " in printed.out
+    assert "Not measured: b: its image size is unknown, (None, None): give --input-size, or" in printed.out
+    status, printed = run("spectrum", tmp_path / "two.keras", "--input-size", "left=6", "right=7x8")
+    assert status == 0
+    status, printed = run("spectrum", tmp_path / "two.keras")
+    assert status == 1

@@ -94,7 +94,11 @@ def test_the_remark_on_the_order_points_at_the_line_of_the_user(call):
 
 @pytest.mark.parametrize(
     "shape",
-    [(64, 3, 3, 3), (16, 8, 3, 3), (64, 1, 3, 3), (64, 3, 7, 7), (96, 1, 5, 5), (16, 32, 3), (6, 2, 3, 3, 3)],
+    [
+        *[(64, 3, 3, 3), (16, 8, 3, 3), (64, 1, 3, 3), (64, 3, 7, 7), (96, 1, 5, 5), (16, 32, 3)],
+        *[(6, 2, 3, 3, 3), (4, 3, 3, 3), (16, 8, 1, 1), (64, 256, 1, 1), (16, 8, 3), (4, 3, 3, 3, 3)],
+        (2, 3, 5, 5),
+    ],
 )
 def test_kernels_in_the_order_of_pytorch_are_remarked(shape):
     remark = remark_on_order(shape)
@@ -119,12 +123,44 @@ def test_kernels_in_the_order_of_pytorch_are_remarked(shape):
         *[(31, 31, 64, 1), (16, 16, 3, 768), (4, 4, 3, 3), (3, 3, 64, 3), (9, 9, 3, 3), (64, 3), (3, 3)],
         *[(8, 1, 3), (64, 1, 3), (8, 16, 3), (5, 64, 3), (3, 3, 3), (3, 16, 16)],
         *[(3, 3, 3, 3, 3), (3, 3, 3, 1, 32), (2, 2, 2, 16, 3), (5, 5, 5, 3, 3)],
+        *[(1, 1, 16, 8), (1, 7, 128, 128), (7, 1, 64, 64), (3, 1, 8, 8), (3, 8, 16), (5, 5, 1, 1)],
+        *[
+            (2, 1, 3, 3),
+            (1, 2, 3, 3),
+            (4, 1, 1, 1),
+            (16, 16, 1, 1),
+            (8, 8, 1, 1),
+            (3, 5, 1, 1),
+            (1, 64, 1, 1),
+        ],
+        *[(16, 8, 1), (16, 1, 3), (16, 4, 3), (2, 2, 3, 3), (3, 5, 3, 3), (1, 1, 1, 64), (4, 4, 1, 1)],
         *[(3,), (), (None, None, 3, 3)],
     ],
     ids=str,
 )
 def test_kernels_of_keras_are_not_remarked(shape):
     assert remark_on_order(shape) is None
+
+
+@pytest.mark.parametrize("autograph", [True, False])
+def test_the_order_is_not_remarked_inside_a_traced_function(autograph):
+    kernel = tf.constant(np.random.RandomState(1).randn(6, 2, 3, 3))
+    penalty = tf.function(lambda k: fr.frobenius_penalty(k, 8), autograph=autograph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        traced = penalty(kernel)
+    with pytest.warns(UserWarning, match="PyTorch's order"):
+        assert float(traced) == pytest.approx(float(fr.frobenius_penalty(kernel, 8)))
+
+
+def test_the_order_of_the_kernel_of_a_layer_is_not_remarked():
+    layer = keras.layers.Conv2D(3, (4, 3))
+    layer.build((None, 8, 8, 3))
+    assert remark_on_order(layer.kernel.shape) is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fr.spectral_norm(layer, 8) > 0
+        assert fr.reshaped_penalty(layer) >= 0
 
 
 def test_only_a_dense_kernel_needs_no_input_size():

@@ -513,7 +513,11 @@ def test_nothing_is_attached_where_something_is_wrong():
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
         ({"padding": "full"}, ValueError, "padding must be one of"),
         ({"existing": "drop"}, ValueError, "existing must be one of .* Received: existing='drop'"),
-        ({"include": "frist"}, ValueError, "include must match a layer with a kernel .first, .*='frist'"),
+        (
+            {"include": "frist"},
+            ValueError,
+            "include must match a layer with a kernel.*'frist' .did you mean 'first'... Names: first, ",
+        ),
         ({"exclude": ["top", "x"]}, ValueError, "exclude must match a layer .*Received: exclude='x'"),
         ({"include": LAYERS.LSTM}, ValueError, "include must match a layer .*LSTM"),
         ({"include": LAYERS.Dense(3)}, ValueError, "include must match a layer .*Dense"),

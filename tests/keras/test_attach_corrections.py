@@ -71,10 +71,16 @@ def test_a_model_at_another_size_has_the_penalties_of_the_old_size():
         "up": "FrobeniusRegularizer for input_size=(2, 2) instead of (4, 4)",
     }
     assert report.mismatched == words
-    assert report.remarks == {
-        name: f'it has {text}: existing="correct" corrects it' for name, text in words.items()
-    }
-    assert f"Kept: down: it has FrobeniusRegularizer already; {report.remarks['down']}" in str(report)
+    assert report.remarks["down"] == (
+        'wrong geometry, input_size=(6, 6) instead of (9, 9): existing="correct" corrects it'
+    )
+    assert report.kept["down"] == "it has FrobeniusRegularizer already"
+    # The line names the penalty once.
+    assert f"Kept: down: it has FrobeniusRegularizer already; {report.remarks['down']}\n" in str(report)
+    spectral = attach_regularizers(at_size(small, 9), penalty="spectral")
+    assert spectral.remarks["down"] == (
+        f'wrong geometry, {words["down"]}: existing="correct" corrects it; added to FrobeniusRegularizer'
+    )
     assert losses(big) == before
     report = attach_regularizers(big, factor=0.125, alpha=0.5, existing="correct")  # factor and α stay
     assert repr(report) == "AttachReport: attached 0, left out 0, kept 1, corrected 2"

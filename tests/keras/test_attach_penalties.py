@@ -1,5 +1,6 @@
 """Spectral, reshaped and own penalties on every layer of a model, and what cannot get a penalty."""
 
+import inspect
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ from tf_frobreg import (
     detach_regularizers,
     transformation_matrix,
 )
-from tf_frobreg.keras.regularizers import regularizer_parts
+from tf_frobreg.keras.sum_regularizer import regularizer_parts
 
 LAYERS = keras.layers
 
@@ -141,17 +142,17 @@ def test_the_same_text_run_twice_is_the_same_function():
     """In a notebook a cell that is run again defines its functions again."""
 
     def defined(text):
-        space = {}
-        exec(f"def own(kernel, convolution):\n    return {text}", space)
+        space = {"tf": tf}
+        exec(f"def own(kernel, convolution):\n    return tf.reduce_sum({text})", space)
         return space["own"]
 
     def closure(power):
         return lambda kernel, convolution: tf.reduce_sum(kernel**power)
 
     model = small_model()
-    assert len(attach_regularizers(model, penalty=defined("(kernel**2).sum()")).attached) == 4
-    assert len(attach_regularizers(model, penalty=defined("(kernel**2).sum()")).kept) == 4
-    assert len(attach_regularizers(model, penalty=defined("(kernel**3).sum()")).attached) == 4
+    assert len(attach_regularizers(model, penalty=defined("kernel**2")).attached) == 4
+    assert len(attach_regularizers(model, penalty=defined("kernel**2")).kept) == 4
+    assert len(attach_regularizers(model, penalty=defined("kernel**3")).attached) == 4
     model = small_model()
     for power in (2, 4):
         assert len(attach_regularizers(model, penalty=closure(power)).attached) == 4
@@ -176,8 +177,20 @@ def test_overrides_of_any_penalty(penalty):
     [
         ({"penalty": "frobenus"}, ValueError, "penalty must be one of .*did you mean 'frobenius'"),
         ({"penalty": None}, TypeError, "penalty must be one of .* or a function of .kernel, convolution."),
-        ({"penalty": keras.regularizers.L2()}, TypeError, "penalty must be one of .* or a function of"),
-        ({"penalty": FrobeniusRegularizer}, TypeError, "penalty must be one of .* or a function of"),
+        (
+            {"penalty": keras.regularizers.L2()},
+            TypeError,
+            "penalty must be one of .* or a function of .* Other regularizers are set as kernel_regularizer",
+        ),
+        ({"penalty": keras.regularizers.L2}, TypeError, "Other regularizers are set as kernel_regularizer"),
+        ({"penalty": FrobeniusRegularizer}, TypeError, 'or a function of .* Write penalty="frobenius"$'),
+        ({"penalty": SpectralRegularizer(8)}, TypeError, 'or a function of .* Write penalty="spectral"$'),
+        ({"penalty": ReshapedRegularizer}, TypeError, 'or a function of .* Write penalty="reshaped"$'),
+        (
+            {"penalty": FunctionRegularizer(nuclear, 8)},
+            TypeError,
+            "or a function of .* Write penalty=regularizer.function$",
+        ),
         (
             {"penalty": nuclear, "alpha": 2.0},
             ValueError,
@@ -203,7 +216,11 @@ def test_overrides_of_any_penalty(penalty):
         ({"penalty": nuclear, "factor": "big"}, TypeError, "factor must be a number"),
         ({"factor": tf.Variable(1.0)}, TypeError, "factor must be a number, not a variable.*FactorSchedule"),
         ({"factor": keras.Variable(1.0)}, TypeError, "factor must be a number, not a variable"),
-        ({"alpha": keras.Variable(1.0)}, TypeError, "alpha must be a number, not a variable"),
+        (
+            {"alpha": keras.Variable(1.0)},
+            TypeError,
+            "alpha must be a number, not a variable, because its value would be frozen. Write float.alpha.",
+        ),
         ({"overrides": {"top": {"factor": tf.Variable(1.0)}}}, TypeError, "not a variable.*for layer 'top'"),
         ({"penalty": nuclear, "factor": tf.Variable(1.0)}, TypeError, "factor must be a number, not a var"),
     ],
@@ -214,6 +231,186 @@ def test_bad_arguments_are_refused_by_name(arguments, error, message):
     with pytest.raises(error, match=message):
         attach_regularizers(model, **arguments)
     assert model.losses == []
+
+
+def vector(kernel, convolution):
+    return tf.reduce_sum(kernel, axis=0)
+
+
+def too_few(kernel):
+    return tf.reduce_sum(kernel)
+
+
+def misspelt(kernel, convolution):
+    return tf.reduce_sum(kernel) / convolution.shap[1]
+
+
+def nothing(kernel, convolution):
+    pass
+
+
+def constant(kernel, convolution):
+    return tf.constant(1.0)
+
+
+def through_numpy(kernel, convolution):
+    return float(np.sum(np.asarray(kernel) ** 2))
+
+
+def through_a_call_of_numpy(kernel, convolution):
+    return tf.reduce_sum(tf.numpy_function(np.square, [kernel], kernel.dtype))
+
+
+def only_images(kernel, convolution):
+    if convolution.input_size == ():
+        raise RuntimeError("no image " + "x" * 400)
+    return tf.reduce_sum(kernel**2)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (vector, "the function vector, .* must return a scalar. Received: a tensor of .* for layer 'conv'"),
+        (too_few, "too_few, which fails with TypeError: .*takes 1 positional argument but 2 .* layer 'conv'"),
+        (misspelt, "misspelt, which fails with AttributeError: .* no attribute 'shap', for layer 'conv'"),
+        (nothing, "nothing, which fails .* must return a scalar. Received: None, for layer 'conv'"),
+        (constant, "constant, whose result has no gradient. It is a constant, or .* for layer 'conv'"),
+        (through_numpy, "through_numpy, which fails with NotImplementedError: Cannot convert .* numpy"),
+        (through_a_call_of_numpy, "through_a_call_of_numpy, whose result has no gradient. .* or NumPy"),
+        (only_images, "only_images, which fails with RuntimeError: no image x{291} …, for layer 'top'"),
+    ],
+    ids=stable_id,
+)
+def test_a_function_that_could_not_train_is_refused_before_anything_is_changed(function, message):
+    model = small_model()
+    model.layers[0].kernel_regularizer = model.layers[0].kernel.regularizer = l2 = keras.regularizers.L2(0.1)
+    wanted = "penalty must be a function of .kernel, convolution. that returns a scalar, which TensorFlow .*"
+    with pytest.raises(ValueError, match=wanted + message):
+        attach_regularizers(model, penalty=function)
+    assert len(model.losses) == 1
+    assert model.layers[0].kernel_regularizer is model.layers[0].kernel.regularizer is l2
+
+
+def test_a_function_is_tried_once_for_each_geometry_that_gets_it():
+    seen = []
+
+    def counted(kernel, convolution):
+        seen.append((convolution.kernel_shape, convolution.input_size, kernel.dtype.name))
+        return tf.reduce_sum(kernel**2)
+
+    layers = [LAYERS.Conv2D(2, 3, padding="same", name=name) for name in ("one", "two", "three")]
+    wide = LAYERS.Conv2D(2, 3, padding="same", dtype="float64", name="wide")
+    last = LAYERS.Conv2D(2, 2, name="last")
+    model = keras.Sequential([keras.Input((6, 6, 2)), *layers, wide, last])
+    attach_regularizers(model, penalty=counted, exclude="last")
+    assert seen == [((3, 3, 2, 2), (6, 6), "float32"), ((3, 3, 2, 2), (6, 6), "float64")]
+    again = attach_regularizers(model, penalty=counted, include="one")
+    assert (len(seen), list(again.kept)) == (2, ["one"])  # nothing is attached, so nothing is tried
+    overrides = {"two": {"padding": "circular"}, "three": {"factor": 1.0}}
+    selection = {"include": ["one", "two", "three"], "existing": "replace"}
+    attach_regularizers(model, penalty=counted, overrides=overrides, **selection)
+    assert len(seen) == 4  # the border is part of the geometry, the factor is not
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        ({"factor": 3.0}, {"factor": 3.0}, ""),
+        ({"factor": 3.0}, {"factor": 5}, "factor 3 instead of 5"),
+        ({"alpha": 2.0}, {}, "α 2 instead of 1"),
+        ({"factor": 3.0, "alpha": 2.0}, {"factor": 0.5}, "factor 3 instead of 0.5, α 2 instead of 1"),
+        ({"reduction": "sum"}, {}, "reduction sum instead of mean"),
+        ({}, {"padding": "circular"}, "padding valid instead of circular"),
+        ({"padding": "circular"}, {}, "padding circular instead of valid"),
+        ({"penalty": "spectral", "alpha": 2.0}, {"penalty": "spectral"}, "α 2 instead of 1"),
+        ({"penalty": "reshaped"}, {"penalty": "reshaped", "factor": 1.0}, "factor 0.01 instead of 1"),
+        ({"penalty": nuclear}, {"penalty": nuclear, "factor": 1.0}, "factor 0.01 instead of 1"),
+    ],
+    ids=stable_id,
+)
+def test_a_kept_penalty_stays_with_its_values_and_the_report_says_so(first, second, reason):
+    model = small_model()
+    attach_regularizers(model, include="conv", **first)
+    before = losses(model)
+    report = attach_regularizers(model, include="conv", **second)
+    found = report.kept["conv"].partition(" already")[2]
+    assert found == (f', with {reason}: existing="replace" takes the new one' if reason else "")
+    if first.get("penalty") != "spectral":  # whose value changes with each evaluation
+        assert losses(model) == before
+    replaced = attach_regularizers(model, include="conv", existing="replace", **second)
+    assert replaced.attached["conv"].factor == second.get("factor", 0.01)
+
+
+class HasACall:
+    def __call__(self, kernel, convolution):
+        return tf.reduce_sum(kernel**2)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class CanBeSaved(HasACall):
+    def get_config(self):
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls()
+
+
+class NotRegistered(CanBeSaved):
+    pass
+
+
+def unregistered(kernel, convolution):
+    return tf.reduce_sum(kernel**2)
+
+
+@pytest.mark.parametrize(
+    ("function", "remark"),
+    [
+        (nuclear, None),
+        (CanBeSaved(), None),
+        (unregistered, 'loading needs custom_objects={"unregistered": unregistered}'),
+        (NotRegistered(), 'loading needs custom_objects={"NotRegistered": NotRegistered}'),
+        (lambda kernel, convolution: tf.reduce_sum(kernel), "loading needs safe_mode=False, because of the "),
+        (HasACall(), "Keras cannot save the function: write one with def"),
+    ],
+    ids=["registered", "registered class", "function", "class", "lambda", "not saved"],
+)
+def test_the_report_says_what_loading_a_function_needs(function, remark, tmp_path):
+    model = small_model()
+    report = attach_regularizers(model, 0.5, penalty=function, include="conv", existing="replace")
+    if remark is None:
+        assert report.remarks == {}
+    else:
+        assert report.remarks["conv"].startswith(remark)
+    path = tmp_path / "model.keras"
+    if "safe_mode" in (remark or ""):
+        with pytest.warns(UserWarning, match="includes a `lambda`"):
+            model.save(path)
+        with pytest.raises((TypeError, ValueError), match="safe_mode=False"):
+            keras.saving.load_model(path)
+    elif "cannot save" in (remark or ""):
+        with pytest.raises(TypeError, match="Cannot serialize"):
+            model.save(path)
+    else:
+        model.save(path)
+        options = {}
+        if remark is not None:
+            name = remark.split('"')[1]
+            options = {"custom_objects": {name: globals()[name]}}
+            if inspect.isfunction(function):  # Keras looks for a class also in its module
+                with pytest.raises((TypeError, ValueError), match=f"Could not locate .*{name}"):
+                    keras.saving.load_model(path)
+        assert losses(keras.saving.load_model(path, **options)) == pytest.approx(losses(model))
+
+
+def test_a_lone_layer_without_a_size_asks_for_it():
+    layer = LAYERS.Conv2D(4, 3, name="lone")
+    layer.build((None, None, None, 3))
+    with pytest.raises(ValueError, match="layer 'lone' .*size is unknown.*: give input_size") as error:
+        attach_regularizers(layer)
+    assert "exclude" not in str(error.value)
+    assert attach_regularizers(layer, input_size=9).attached["lone"].input_size == (9, 9)
 
 
 SCRIPT = """
@@ -299,7 +496,9 @@ def two_layers_with_one_variable():
 def test_two_layers_that_share_a_variable_get_one_penalty():
     model, first, second = two_layers_with_one_variable()
     report = attach_regularizers(model, 0.5)
-    assert report.left_out == {"second": "it shares its kernel with 'first'"}
+    assert report.left_out == {
+        "second": "it shares its kernel with 'first'; penalised only with the geometry of 'first'"
+    }
     matrix = impulse_matrix(first, (6, 6), 2)
     expected = 0.5 * dense_penalty(matrix) / matrix.shape[1]
     assert losses(model) == pytest.approx([expected], rel=1e-5)

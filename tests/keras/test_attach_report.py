@@ -42,6 +42,7 @@ def test_the_table_shows_what_each_penalty_is_and_what_was_there():
     ]
 
 
+@keras.saving.register_keras_serializable(package="tests")
 def own(kernel, convolution):
     return keras.ops.sum(kernel)
 

@@ -17,7 +17,9 @@ from small_models import fit_epochs, penalised_model
 import tf_frobreg.keras.callbacks
 from tf_frobreg import (
     FrobeniusRegularizer,
+    ReshapedRegularizer,
     SingularValueMonitor,
+    SpectralRegularizer,
     SumRegularizer,
     attach_regularizers,
     frobenius_penalty,
@@ -186,12 +188,11 @@ def true_matrices(model):
     }
 
 
-def check_row(row, matrices, alphas, reductions):
-    """Compares a row with σ and R_α of these matrices."""
+def check_row(row, matrices, alphas):
+    """Compares a row with σ and R_α per column of these matrices."""
     sigma = {name: np.linalg.svd(matrix, compute_uv=False) for name, matrix in matrices.items()}
     penalty = {
-        name: dense_penalty(matrix, alphas[name]) / (matrix.shape[1] if reductions[name] == "mean" else 1)
-        for name, matrix in matrices.items()
+        name: dense_penalty(matrix, alphas[name]) / matrix.shape[1] for name, matrix in matrices.items()
     }
     for name in matrices:
         assert row[f"{name}/sigma_max"] == pytest.approx(sigma[name][0], rel=1e-3)
@@ -203,13 +204,11 @@ def check_row(row, matrices, alphas, reductions):
     assert row["penalty"] == pytest.approx(sum(penalty.values()), rel=1e-4)
 
 
-def test_without_penalties_alpha_is_1_and_the_reduction_mean():
+def test_without_penalties_alpha_is_1():
     model = own_model()
     matrices = true_matrices(model)
-    check_row(measured(model), matrices, dict.fromkeys(matrices, 1.0), dict.fromkeys(matrices, "mean"))
-    check_row(
-        measured(model, alpha=3.0), matrices, dict.fromkeys(matrices, 3.0), dict.fromkeys(matrices, "mean")
-    )
+    check_row(measured(model), matrices, dict.fromkeys(matrices, 1.0))
+    check_row(measured(model, alpha=3.0), matrices, dict.fromkeys(matrices, 3.0))
 
 
 def test_each_kernel_is_measured_as_its_own_penalty_says():
@@ -221,16 +220,47 @@ def test_each_kernel_is_measured_as_its_own_penalty_says():
     )
     matrices = true_matrices(model)
     matrices["same"] = naive_matrix(model.layers[0].kernel.numpy(), 6, padding="circular")
-    reductions = {"same": "sum", "down": "sum", "top": "mean"}
-    check_row(measured(model), matrices, {"same": 2.0, "down": 3.0, "top": 0.5}, reductions)
-    check_row(measured(model, alpha=1.5), matrices, dict.fromkeys(matrices, 1.5), reductions)
+    check_row(measured(model), matrices, {"same": 2.0, "down": 3.0, "top": 0.5})
+    check_row(measured(model, alpha=1.5), matrices, dict.fromkeys(matrices, 1.5))
+
+
+def penalty_function(kernel, conv):
+    return tf.reduce_sum(kernel**2)
+
+
+def test_kernels_with_other_penalties_are_measured_the_same_way():
+    model = own_model(
+        same=SpectralRegularizer(6, 0.1, 2.0, padding="circular"), down=ReshapedRegularizer(0.1, 3.0)
+    )
+    attach_regularizers(model, include="top", penalty=penalty_function)
+    matrices = true_matrices(model)
+    matrices["same"] = naive_matrix(model.layers[0].kernel.numpy(), 6, padding="circular")
+    check_row(measured(model), matrices, {"same": 2.0, "down": 3.0, "top": 1.0})
+
+
+def test_a_smallest_singular_value_that_is_noise_is_recorded_as_its_bound():
+    model = own_model()
+    kernel = model.layers[-1].kernel
+    kernel.assign(np.outer(np.arange(1, 17), [1, 3]))  # of rank 1
+    found = measured(model, include="top")
+    assert found["top/sigma_max"] == pytest.approx(np.linalg.norm(kernel), rel=1e-6)
+    assert found["top/sigma_max"] * 1e-15 < found["top/sigma_min"] < found["top/sigma_max"] * 1e-12
+
+
+def test_figures_before_training_are_refused():
+    monitor = SingularValueMonitor(gradient_data=(np.ones((1, 6, 6, 2)), np.ones(1)))
+    for draw in (monitor.plot, monitor.plot_gradients):
+        with pytest.raises(
+            ValueError, match=r"nothing was measured yet: .* after model.fit\(\.\.\., callbacks="
+        ):
+            draw()
 
 
 def test_the_penalty_on_the_variable_decides():
     """A regularizer that was set on the layer after building has no effect."""
     model = own_model(top=FrobeniusRegularizer((), 0.1, 2.0, reduction="sum"))
     model.layers[-1].kernel_regularizer = FrobeniusRegularizer((), 0.1, 5.0, reduction="mean")
-    expected = dense_penalty(model.layers[-1].kernel.numpy().T, 2.0)
+    expected = dense_penalty(model.layers[-1].kernel.numpy().T, 2.0) / 16
     assert measured(model, include="top")["penalty"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -258,7 +288,7 @@ def test_a_penalty_for_another_geometry_is_remarked_and_the_layer_measured():
     assert "instead of (2, 2). " in message
     assert "'top'" not in message
     assert 'attach_regularizers(model, existing="correct")' in message
-    check_row(row, matrices, {"same": 2.0, "down": 1.0, "top": 1.0}, dict.fromkeys(matrices, "mean"))
+    check_row(row, matrices, {"same": 2.0, "down": 1.0, "top": 1.0})
 
 
 def test_a_model_rebuilt_at_another_size_is_remarked_once():
@@ -286,7 +316,7 @@ def test_a_shared_layer_is_measured_at_the_size_of_its_penalty():
     )
     first, second = keras.Input((8, 8, 2)), keras.Input((5, 5, 2))
     row = measured(keras.Model([first, second], [conv(first), conv(second)]))
-    assert row["penalty"] == pytest.approx(dense_penalty(impulse_matrix(conv, (5, 5), 2)), rel=1e-4)
+    assert row["penalty"] == pytest.approx(dense_penalty(impulse_matrix(conv, (5, 5), 2)) / 50, rel=1e-4)
 
 
 def test_the_padding_of_a_kernel_of_one_tap_does_not_matter():

@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_frobreg import Convolution, FrobeniusRegularizer, SumRegularizer, transformation_matrix
-from tf_frobreg.keras.own_penalty import differences, is_for, own_penalty
+from tf_frobreg import (
+    Convolution,
+    FrobeniusRegularizer,
+    ReshapedRegularizer,
+    SpectralRegularizer,
+    SumRegularizer,
+    transformation_matrix,
+)
+from tf_frobreg.keras.own_penalty import differences, is_for, own_penalty, remark_on, target_of
 from tf_frobreg.keras.read_layers import read_kernels
 
 DOWN = Convolution((3, 3, 2, 4), 8, strides=2, padding="valid")
@@ -58,3 +65,64 @@ def test_the_first_penalty_in_sums_is_the_own_one():
     assert [own_penalty(kernel) for kernel in read_kernels(model).kernels] == [penalty, None]
     dense.enable_lora(2)  # the kernel is computed now
     assert own_penalty(read_kernels(model).kernels[0]) is penalty
+
+
+def kernel_of(layer, *sizes):
+    """The kernel of a layer that is applied to images of these sizes."""
+    inputs = [keras.Input((*size, 2)) for size in sizes]
+    return read_kernels(keras.Model(inputs, [layer(x) for x in inputs])).kernels[0]
+
+
+@pytest.mark.parametrize(
+    ("penalty", "alpha", "padding"),
+    [
+        (None, 1.0, "same"),
+        ("l2", 1.0, "same"),
+        (FrobeniusRegularizer(8, alpha=2.0), 2.0, "same"),
+        (FrobeniusRegularizer(8, alpha=2.0, padding="circular"), 2.0, "circular"),
+        (SpectralRegularizer(8, alpha=3.0), 3.0, "same"),
+        (SpectralRegularizer(8, alpha=3.0, padding="circular"), 3.0, "circular"),
+        (ReshapedRegularizer(alpha=4.0), 4.0, "same"),
+        (SumRegularizer([ReshapedRegularizer(alpha=4.0), FrobeniusRegularizer(8, alpha=2.0)]), 2.0, "same"),
+    ],
+)
+def test_how_a_penalty_says_to_measure(penalty, alpha, padding):
+    layer = keras.layers.Conv2D(3, 3, padding="same", kernel_regularizer=penalty)
+    kernel = kernel_of(layer, (8, 8))
+    for given, expected in ((None, alpha), (0.5, 0.5)):
+        target = target_of(kernel, given)
+        assert (target.alpha, target.kernel.conv.padding, target.mismatch) == (expected, padding, "")
+
+
+CIRCULAR = "penalised without border (circular), measured with the layer's padding"
+
+
+@pytest.mark.parametrize(
+    ("penalty", "size", "remark"),
+    [
+        (None, 3, None),
+        (FrobeniusRegularizer(8), 3, None),
+        (FrobeniusRegularizer(8, padding="circular"), 3, CIRCULAR),
+        (SpectralRegularizer(8, padding="circular"), 3, CIRCULAR),
+        (SumRegularizer(["l2", FrobeniusRegularizer(8, padding="circular")]), 3, CIRCULAR),
+        (FrobeniusRegularizer(8, padding="circular"), 1, None),
+    ],
+)
+def test_what_a_measurement_of_the_layer_leaves_out(penalty, size, remark):
+    layer = keras.layers.Conv2D(3, size, padding="same", kernel_regularizer=penalty)
+    kernel = kernel_of(layer, (8, 8))
+    assert remark_on(kernel) == remark
+    shared = "also applied to 64×32, 5×5"
+    kernel = kernel._replace(other_sizes=((64, 32), (5, 5)))
+    assert remark_on(kernel) == (f"{remark}; {shared}" if remark else shared)
+
+
+def test_the_other_sizes_of_a_shared_layer_are_named():
+    kernel = kernel_of(keras.layers.Conv2D(3, 3), (8, 8), (64, 32))
+    others = {(8, 8): "64×32", (64, 32): "8×8"}
+    assert remark_on(kernel) == f"also applied to {others[kernel.conv.input_size]}"
+
+
+def test_a_dense_layer_has_no_border():
+    layer = keras.layers.Dense(3, kernel_regularizer=FrobeniusRegularizer((), padding="circular"))
+    assert remark_on(kernel_of(layer, ())) is None

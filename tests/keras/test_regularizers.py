@@ -21,7 +21,7 @@ from tf_frobreg import (
     penalty_excess,
     singular_values,
 )
-from tf_frobreg.keras.regularizers import regularizer_parts
+from tf_frobreg.keras.sum_regularizer import regularizer_parts
 
 
 def small_model(**options):
@@ -183,7 +183,11 @@ def test_every_configuration_says_factor_and_reduction():
     ],
 )
 def test_a_variable_would_be_frozen_and_is_refused(kind, name, build):
-    with pytest.raises(TypeError, match=f"{name} must be a number, not a variable.*frozen.*FactorSchedule"):
+    # FactorSchedule changes the weight of a penalty, and not α.
+    instead = (
+        "Write float.alpha. for its present value. Received" if name == "alpha" else "FactorSchedule changes"
+    )
+    with pytest.raises(TypeError, match=f"{name} must be a number, not a variable.* frozen. {instead}"):
         build(kind(0.5))
 
 
@@ -241,6 +245,96 @@ def test_bad_arguments_are_refused_at_once(arguments, message):
 def test_kernels_that_do_not_fit_are_refused_by_name(kernel, message):
     with pytest.raises((ValueError, TypeError), match=message):
         FrobeniusRegularizer((8, 8) if kernel.ndim == 3 else 8, padding="valid")(kernel)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (
+            (28, 28, 1),
+            "an int or 2 ints, one per spatial axis.*=.28, 28, 1. .write .28, 28., without channels.",
+        ),
+        (
+            (None, 28, 28, 1),
+            "one integer per spatial axis, without batch and channels. Received: input_size=.None",
+        ),
+    ],
+)
+def test_the_shape_of_an_image_is_not_its_size(size, message):
+    with pytest.raises((ValueError, TypeError), match=f"input_size must .*{message}"):
+        FrobeniusRegularizer(size)(np.ones((3, 3, 1, 4)))
+
+
+def total(kernel, convolution):
+    return tf.reduce_sum(kernel)
+
+
+class WithoutConfiguration(keras.regularizers.Regularizer):
+    """A class of the user."""
+
+
+class Own(SpectralRegularizer):
+    """A class of the user with an argument of another type."""
+
+    def __init__(self, input_size, weights):
+        super().__init__(input_size)
+        self.weights = weights
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "text"),
+    [
+        (FrobeniusRegularizer(8), "FrobeniusRegularizer(input_size=8, factor=0.01, alpha=1.0)"),
+        (
+            FrobeniusRegularizer(
+                (28, 28), 0.5, 2, strides=(1, 1), padding="valid", groups=2, reduction="sum"
+            ),
+            "FrobeniusRegularizer(input_size=(28, 28), factor=0.5, alpha=2.0, padding='valid', groups=2, "
+            "reduction='sum')",
+        ),
+        (
+            FrobeniusRegularizer((), scale=2),
+            "FrobeniusRegularizer(input_size=(), factor=0.01, alpha=1.0, scale=2.0)",
+        ),
+        (
+            SpectralRegularizer(8, dilation_rate=(2, 1), gram="smaller", kind="depthwise"),
+            "SpectralRegularizer(input_size=8, factor=0.01, alpha=1.0, gram='smaller', dilation_rate=(2, 1), "
+            "kind='depthwise')",
+        ),
+        (ReshapedRegularizer(0.5), "ReshapedRegularizer(factor=0.5, alpha=1.0)"),
+        (
+            FunctionRegularizer(total, 8, strides=2),
+            "FunctionRegularizer(function=total, input_size=8, factor=0.01, strides=2)",
+        ),
+        (
+            SumRegularizer(
+                [keras.regularizers.L2(0.5), SumRegularizer([ReshapedRegularizer()]), tf.nn.l2_loss]
+            ),
+            "SumRegularizer([L2(l2=0.5), SumRegularizer([ReshapedRegularizer(factor=0.01, alpha=1.0)]), "
+            "l2_loss])",
+        ),
+        (SumRegularizer([WithoutConfiguration()]), "SumRegularizer([WithoutConfiguration()])"),
+        (Own(8, np.ones(2)), "Own(input_size=8, weights=array([1., 1.]))"),
+    ],
+)
+def test_a_regularizer_shows_its_values(regularizer, text):
+    assert repr(regularizer) == text
+
+
+def test_a_regularizer_with_a_schedule_shows_its_scale_while_a_function_is_traced():
+    regularizer = ReshapedRegularizer()
+    regularizer.make_adjustable()
+    regularizer.scale = 3.0
+    found = []
+    tf.function(lambda: found.append(repr(regularizer)))()
+    assert found == ["ReshapedRegularizer(factor=0.01, alpha=1.0, scale=3.0)"]
+
+
+@pytest.mark.parametrize(
+    "kind", [FrobeniusRegularizer, SpectralRegularizer, FunctionRegularizer, SumRegularizer]
+)
+def test_the_names_under_which_keras_saves_the_regularizers(kind):
+    assert keras.saving.get_registered_name(kind) == f"tf_frobreg>{kind.__name__}"
 
 
 def test_sum_regularizer_takes_what_keras_takes():

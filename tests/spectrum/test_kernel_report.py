@@ -1,7 +1,9 @@
 """Rows of a report: what was measured of one kernel, or why it was not measured."""
 
+import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from geometries import CIRCULAR_CASES, KERAS_CASES, label
 
 import tf_frobreg.checks
 import tf_frobreg.spectrum.extremes
+import tf_frobreg.spectrum.kernel_report
 from tf_frobreg import (
     Convolution,
     ExtremeSingularValues,
@@ -72,6 +75,25 @@ def test_a_kernel_that_needs_too_much_memory_is_not_measured(monkeypatch):
     row = report_kernel("layer", kernel, conv, 1.0, accuracy=1e-4)
     assert "has 49² pairs of taps" in row.reason
     assert row == KernelSpectrum("layer", row.reason, kernel_shape=conv.kernel_shape)
+
+
+@pytest.mark.parametrize("part", ["ExtremesFinder", "FrobeniusPenalty"])
+def test_what_does_not_fit_in_memory_before_the_search_is_a_row_with_the_reason(part, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("20 vectors of 99 entries do not fit in memory")
+
+    monkeypatch.setattr(tf_frobreg.spectrum.kernel_report, part, refuse)
+    row = report_kernel("layer", normal(3, 3, 2, 4), Convolution((3, 3, 2, 4), 6), 1.0, accuracy=1e-4)
+    reason = "20 vectors of 99 entries do not fit in memory"
+    assert row == KernelSpectrum("layer", reason, kernel_shape=(3, 3, 2, 4))
+
+
+def test_vectors_that_do_not_fit_in_memory_are_a_reason(searched, monkeypatch):
+    monkeypatch.setattr(tf_frobreg.checks, "ALWAYS_FREE", 0)
+    monkeypatch.setattr(tf_frobreg.checks, "free_memory", lambda: 10**4)
+    row = report_kernel("layer", normal(3, 3, 2, 4), Convolution((3, 3, 2, 4), 6), 1.0, accuracy=1e-4)
+    assert re.match("20 vectors of 72 entries: this needs 11,520 bytes, but 10,000 are free", row.reason)
+    assert row.extremes is None
 
 
 def test_a_penalty_beyond_all_floats_is_infinite():
@@ -189,6 +211,38 @@ def test_a_report_as_text():
     ]
 
 
+def noise(name, error=2e-8, low=2.953e-17):
+    ends = ExtremeSingularValues(2.0, low, 1e-8, error, True, True)
+    return KernelSpectrum(name, None, (3, 3, 1, 4), (8, 8), ends, 64.0, 1.0, 0.0, None, 1.0)
+
+
+def test_a_smallest_value_below_its_error_is_shown_as_the_error():
+    row = noise("conv")
+    assert row.condition_number == pytest.approx(1e8)
+    assert str(row) == "conv  σ ≤ 2e-08 … 2, R 64"
+    assert repr(row) == "KernelSpectrum(name='conv', sigma_max=2, sigma_min=2e-08)"
+    lines = str(ModelSpectrum([row, measured("other", 3.0, 1.0)])).splitlines()
+    assert lines[0] == "2 kernels, σ ≤ 2e-08 … 3, α = 1"
+    assert lines[4].split() == ["conv", "3×3×1×4", "8×8", "2", "≤", "2e-08", "≥", "1e+08", "64", "1", "0"]
+    record = row.to_dict()
+    assert (record["sigma_min"], record["sigma_min_error"]) == (2e-8, 2e-8)
+    assert record["sigma_min_is_upper_bound"] is True
+    assert record["condition_number"] == pytest.approx(1e8)
+    assert row.extremes.sigma_min == 2.953e-17
+    # 0 with an error is not known to be 0. 0 without one is.
+    assert str(noise("conv", low=0.0)) == "conv  σ ≤ 2e-08 … 2, R 64"
+    assert str(noise("conv", low=0.0, error=0.0)) == "conv  σ 0 … 2, R 64"
+    assert noise("conv", low=0.0, error=0.0).condition_number == math.inf
+
+
+def test_remarks_are_below_the_table():
+    rows = [dataclasses.replace(measured(name, 2.0, 1.0), remark="also applied to 4×4") for name in "ab"]
+    spectrum = ModelSpectrum([*rows, measured("c", 2.0, 1.0), KernelSpectrum("d", "no matrix")])
+    assert str(spectrum).splitlines()[-2:] == ["a, b: also applied to 4×4", "Not measured: d: no matrix"]
+    assert "<p>a, b: also applied to 4×4</p>" in spectrum._repr_html_()
+    assert [record["remark"] for record in spectrum.records()] == ["also applied to 4×4"] * 2 + [None] * 2
+
+
 def test_a_report_in_one_line():
     assert repr(rows_with_everything()) == "ModelSpectrum of 5 kernels, σ 0 … 1e+200, 3 not measured"
     assert repr(ModelSpectrum([measured("conv", 2.0, 0.25)])) == "ModelSpectrum of 1 kernel, σ 0.25 … 2"
@@ -256,6 +310,7 @@ def test_records_are_flat_plain_values():
         "penalty_per_column": 0.5,
         "penalty_floor": 0.25,
         "reason": None,
+        "remark": None,
     }
     assert records["huge"]["penalty"] == records["huge"]["condition_number"] == math.inf
     unknown = ("sigma_min", "sigma_min_converged", "sigma_min_is_upper_bound", "condition_number")

@@ -1,6 +1,7 @@
 """Model files that the commands read. Code in them that Keras finds unsafe is not run."""
 
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from tf_frobreg.cli.files import BadInput
 
 MODELS = (".keras", ".h5")
+IN_PYTHON = "model_spectrum and regularize_model accept such a model"
 
 
 def refuse_geometry(geometry: Mapping[str, Any], path: str) -> None:
@@ -39,8 +41,10 @@ def load_model(path: str, argument: str, *, compile: bool = False) -> Any:
             return keras.saving.load_model(path, compile=compile, safe_mode=True)
     except Exception as error:  # h5py, zipfile, JSON and Keras raise many types
         hint = ""
-        if "Could not locate class" in str(error):
-            hint = "; in Python, model_spectrum and regularize_model accept such a model"
+        if found := re.search("Could not locate (?:class|function) '([^']+)'", str(error)):
+            hint = f"; in Python, load it with custom_objects={{{found[1]!r}: ...}}: {IN_PYTHON}"
+        elif "deserialization of a Python lambda" in str(error):
+            hint = f"; in Python, load it with safe_mode=False if you trust the file: {IN_PYTHON}"
         raise BadInput(f"{argument} cannot be loaded ({short(error)}{hint}). Received: {path}") from None
 
 

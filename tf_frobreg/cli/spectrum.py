@@ -14,6 +14,7 @@ from tf_frobreg.cli.arguments import SpectrumOptions
 from tf_frobreg.cli.files import (
     PICTURES,
     BadInput,
+    as_options,
     check_ending,
     output_files,
     read_arrays,
@@ -33,20 +34,29 @@ PLOT_ROWS = 4096  # of the smaller side of M, up to which a figure shows all sin
 
 
 class _Kernel(NamedTuple):
-    """A kernel to measure, and α of its R."""
+    """A kernel to measure, α of its R, and what its row does not show."""
 
     name: str
     value: np.ndarray
     conv: "Convolution"
     alpha: float
+    remark: str | None = None
 
 
 class _Contents(NamedTuple):
-    """What a file holds: kernels, rows for what cannot be measured, the number of other layers by type."""
+    """What a file holds.
+
+    Attributes:
+        kernels: The kernels to measure.
+        untreated: Rows for what cannot be measured.
+        others: Number of other layers, by type.
+        lacks_size: Whether something is not measured only because its image size is not known.
+    """
 
     kernels: list[_Kernel]
     untreated: list["KernelSpectrum"]
     others: dict[str, int]
+    lacks_size: bool = False
 
 
 def spectrum(options: SpectrumOptions) -> int:
@@ -81,7 +91,8 @@ def spectrum(options: SpectrumOptions) -> int:
         *([f"Without a kernel: {others}"] if others else []),
         *([written(files)] if files else []),
     )
-    return 0 if any(row.reason is None for row in rows) and not missed else 1
+    is_measured = any(row.reason is None for row in rows) and not contents.lacks_size
+    return 0 if is_measured and not missed else 1
 
 
 def _check(options: SpectrumOptions) -> None:
@@ -105,7 +116,7 @@ def _check(options: SpectrumOptions) -> None:
 
 
 def _contents_of_model(options: SpectrumOptions) -> _Contents:
-    from tf_frobreg.keras.own_penalty import target_of
+    from tf_frobreg.keras.own_penalty import remark_on, target_of
     from tf_frobreg.keras.read_layers import read_kernels
 
     if options.model:
@@ -114,11 +125,18 @@ def _contents_of_model(options: SpectrumOptions) -> _Contents:
         model = load_model(options.file, "FILE")
     found = read_kernels(model, options.input_size)
     kernels = [
-        _Kernel(kernel.name, kernel.value, kernel.conv, target_of(kernel, options.alpha).alpha)
+        _Kernel(
+            kernel.name,
+            kernel.value,
+            kernel.conv,
+            target_of(kernel, options.alpha).alpha,
+            remark_on(kernel),
+        )
         for kernel in found.kernels
     ]
-    untreated = [tf_frobreg.KernelSpectrum(layer.name, layer.reason) for layer in found.untreated]
-    return _Contents(kernels, untreated, found.others)
+    untreated = [tf_frobreg.KernelSpectrum(layer.name, as_options(layer.reason)) for layer in found.untreated]
+    lacks_size = any(layer.of_unknown_size for layer in found.untreated)
+    return _Contents(kernels, untreated, found.others, lacks_size)
 
 
 def _contents_of_arrays(arrays: Mapping[str, np.ndarray], options: SpectrumOptions) -> _Contents:
@@ -140,7 +158,7 @@ def _contents_of_arrays(arrays: Mapping[str, np.ndarray], options: SpectrumOptio
         except (ValueError, TypeError) as error:
             if len(arrays) == 1:
                 raise
-            untreated.append(tf_frobreg.KernelSpectrum(name, str(error)))
+            untreated.append(tf_frobreg.KernelSpectrum(name, as_options(str(error))))
         else:
             kernels.append(_Kernel(name, kernel, conv, alpha))
     return _Contents(kernels, untreated, {})
@@ -160,7 +178,15 @@ def _measure(
             progress.start()
         for kernel in kernels:
             progress.update(task, note=kernel.name)
-            row = report_kernel(*kernel, accuracy=options.accuracy, sigma_min=not options.sigma_max_only)
+            row = report_kernel(
+                kernel.name,
+                kernel.value,
+                kernel.conv,
+                kernel.alpha,
+                accuracy=options.accuracy,
+                sigma_min=not options.sigma_max_only,
+                remark=kernel.remark,
+            )
             if options.plot and row.reason is None:
                 every = min(kernel.conv.shape) <= PLOT_ROWS
                 spectra[kernel.name] = (
@@ -177,7 +203,7 @@ def _missed(row: "KernelSpectrum") -> Iterator[str]:
     if ends is not None and not ends.sigma_max_converged:
         yield f"{row.name}: σmax may be about {ends.sigma_max_error:.2g} larger"
     if ends is not None and not ends.sigma_min_converged and not math.isnan(ends.sigma_min):
-        yield f"{row.name}: σmin may be about {ends.sigma_min_error:.2g} smaller"
+        yield f"{row.name}: σmin may be about {min(ends.sigma_min_error, ends.sigma_min_bound):.2g} smaller"
 
 
 def _report(rows: Sequence["KernelSpectrum"], missed: Sequence[str]) -> str:

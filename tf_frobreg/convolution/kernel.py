@@ -103,27 +103,36 @@ def _check_one_kernel(layer: keras.layers.Layer) -> None:
 
 
 def _warn_of_other_order(kernel: Any) -> None:
-    """Warns the caller of the public function, which is three calls up."""
+    """Warns the caller of the public function, which is three calls up.
+
+    Inside a tf.function there is no warning, because calls of AutoGraph lie between.
+    """
     remark = remark_on_order(kernel.shape)
-    if remark is not None:
+    if remark is not None and tf.executing_eagerly():
         warnings.warn(remark, stacklevel=4)
 
 
 def remark_on_order(kernel_shape: Sequence[int]) -> str | None:
     """Returns a remark if a kernel seems to be in PyTorch's order, (filters, in_channels, *kernel_size).
 
-    In Keras' order its first axes would be a large kernel size with an even number, and all axes after them
-    would be one number that is a frequent kernel size. A kernel of `Conv1D` has one axis of each kind, so
-    both axes before the last must be large.
+    All axes after the first two are then one number that is a frequent kernel size. In Keras' order the first
+    axes are the kernel size, and the last two are the channels. A kernel size is suspect if one of its
+    numbers is even and above 4, or if one is even and they differ. 1×1 kernels need both. A kernel of
+    `Conv1D` has one axis of each kind, so both axes before the last must be large.
     """
     shape = tuple(kernel_shape)
     rank = len(shape) - 2
-    if rank < 1 or None in shape or len(set(shape[2:])) > 1 or shape[-1] not in (3, 5, 7):
+    if rank < 1 or None in shape or len(set(shape[2:])) > 1 or shape[-1] not in (1, 3, 5, 7):
         return None
+    first = shape[:rank]
+    is_large = any(n > 4 and n % 2 == 0 for n in first)
+    is_uneven = shape[0] != shape[1] and min(first[:2]) > 1 and any(n % 2 == 0 for n in first)
     if rank == 1:
-        suspect = min(shape[:2]) >= 16 and shape[0] % 2 == 0
+        suspect = shape[-1] > 1 and shape[0] >= 16 and shape[0] % 2 == 0 and shape[1] >= 8
+    elif shape[-1] == 1:
+        suspect = is_large and is_uneven
     else:
-        suspect = any(n > 4 and n % 2 == 0 for n in shape[:rank])
+        suspect = is_large or is_uneven
     if not suspect:
         return None
     return (

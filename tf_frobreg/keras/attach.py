@@ -17,18 +17,19 @@ from tf_frobreg.keras.attach_report import (
     label,
     times,
 )
+from tf_frobreg.keras.function_regularizer import (
+    CANNOT_BE_SAVED,
+    FunctionRegularizer,
+    check_function,
+    remark_on_loading,
+    try_function,
+)
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.own_penalty import differences, penalised_convolution
 from tf_frobreg.keras.read_layers import LayerKernel, check_model, flat_layers, own_weights
-from tf_frobreg.keras.regularizers import (
-    FunctionRegularizer,
-    Replacement,
-    SumRegularizer,
-    WeightedRegularizer,
-    check_function,
-    regularizer_parts,
-)
+from tf_frobreg.keras.regularizer_base import Replacement, WeightedRegularizer
 from tf_frobreg.keras.select_kernels import Candidate, Selection, check_matches, matches, select_kernels
+from tf_frobreg.keras.sum_regularizer import SumRegularizer, regularizer_parts
 from tf_frobreg.keras.trace import InputSize
 from tf_frobreg.keras.unsaved import unsaved_kernels
 from tf_frobreg.tables import names_by_reason
@@ -88,7 +89,7 @@ def attach_regularizers(
             Not for a function.
         penalty: "frobenius" for `FrobeniusRegularizer`, "spectral" for `SpectralRegularizer`, "reshaped" for
             `ReshapedRegularizer`, or a function of (kernel, convolution) that returns a scalar. The function
-            gets the layer's `Convolution`, see `FunctionRegularizer`.
+            gets the layer's `Convolution`, see `FunctionRegularizer`. It is tried once for each geometry.
         reduction: Only for "frobenius". None or "mean" for R_α divided by the number of columns of M, so that
             one factor suits layers of any size. "sum" for R_α.
         padding: None for the padding of each layer. "circular" penalises the operators without border, whose
@@ -99,9 +100,9 @@ def attach_regularizers(
         overrides: Maps names, which may contain wildcards, to dicts of other values of `factor`, `alpha`,
             `reduction` or `padding`. If several names match a kernel, the last one wins.
         existing: What happens to a regularizer that a kernel already has. "add" keeps it and adds the
-            penalty, but never a second one of the same class or function. "replace" removes it. "keep" leaves
-            the kernel as it is. "correct" adds nothing: penalties of this package get the layer's geometry if
-            theirs differs, and keep their factor, α and other values.
+            penalty, but never a second one of the same class or function: the old one stays with its values.
+            "replace" removes it. "keep" leaves the kernel as it is. "correct" adds nothing: penalties of this
+            package get the layer's geometry if theirs differs, and keep their factor, α and other values.
         input_size: Size of the input images, an int or one int per axis, if the model leaves it open. A dict
             maps names of inputs or layers to sizes.
 
@@ -110,7 +111,8 @@ def attach_regularizers(
 
     Raises:
         ValueError: If an argument is invalid, the image size of a selected layer is unknown, or a name or
-            class matches nothing. Also if no kernel can get or has a penalty. Nothing is attached then.
+            class matches nothing. Also if no kernel can get or has a penalty, or if the function given as
+            `penalty` fails, returns no scalar, or has no gradient. Nothing is attached then.
         TypeError: If an argument has the wrong type.
 
     Example:
@@ -157,6 +159,7 @@ def attach_regularizers(
             "model must have a kernel that can get a penalty. Left out: "
             f"{'; '.join(reasons) or 'nothing, it has no convolution and no Dense layer'}"
         )
+    _try_functions(report, changes)
     for kernel, now in changes:  # nothing has been changed before this point
         now.replaced, now.replaced_in_layer = (
             kernel.variable.regularizer,
@@ -225,7 +228,7 @@ def _check_penalty(penalty: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(penalty, str):
         names = ARGUMENTS[check_choice("penalty", penalty, tuple(ARGUMENTS))]
     else:
-        check_function("penalty", penalty, f"one of {tuple(ARGUMENTS)} or ")
+        check_function("penalty", penalty, f"one of {tuple(ARGUMENTS)} or ", _hint_at_name(penalty))
         names = ARGUMENTS_OF_A_FUNCTION
     for name, value in given.items():
         default = DEFAULT_ALPHA if name == "alpha" else None
@@ -239,6 +242,18 @@ def _check_penalty(penalty: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("reduction", "") is None:
         values["reduction"] = "mean"
     return values
+
+
+def _hint_at_name(penalty: Any) -> str:
+    """Returns what to write in place of a regularizer or its class."""
+    kind = penalty if isinstance(penalty, type) else type(penalty)
+    if name := next((name for name, own in CLASSES.items() if issubclass(kind, own)), ""):
+        return f'. Write penalty="{name}"'
+    if isinstance(penalty, FunctionRegularizer):
+        return ". Write penalty=regularizer.function"
+    if issubclass(kind, keras.regularizers.Regularizer):
+        return ". Other regularizers are set as kernel_regularizer of the layers"
+    return ""
 
 
 def _overridden(
@@ -284,12 +299,28 @@ def _build(penalty: Penalty, kernel: LayerKernel, values: Mapping[str, Any]) -> 
         return kind(conv.input_size, **weights, **conv.geometry)
 
 
+def _try_functions(report: AttachReport, changes: Sequence[Change]) -> None:
+    """Tries each new function once per geometry, or raises an error that names the layer."""
+    tried = set()
+    for kernel, _ in changes:
+        new = report.attached.get(kernel.name)
+        if not isinstance(new, FunctionRegularizer):
+            continue
+        shape, dtype = kernel.conv.kernel_shape, kernel.variable.dtype
+        case = new.convolution(shape), dtype
+        if case not in tried:
+            tried.add(case)
+            with kernel.naming_errors():
+                try_function(new, shape, dtype)
+
+
 def _plan(
     report: AttachReport, kernel: LayerKernel, new: WeightedRegularizer, existing: str
 ) -> Replacement | None:
     """Writes into the report what becomes of a kernel's regularizer, and returns the new one if any."""
     name = kernel.name
     before = rest = kernel.variable.regularizer
+    stays = before is not None and (existing == "keep" or (existing == "add" and _has_same(before, new)))
     wrong = [] if existing == "replace" else _mismatches(before, kernel)
     words = " and ".join(f"{label(part)} for {differences(part, kernel.conv)}" for part in wrong)
     if wrong and existing == "correct":
@@ -299,9 +330,15 @@ def _plan(
         report.remarks[name] = f"corrected {words}"
     elif wrong:
         report.mismatched[name] = words
-        report.remarks[name] = f'it has {words}: existing="correct" corrects it'
-    if existing == "keep" and before is not None:
+        # The reason why a kernel keeps its penalty names the penalty already.
+        only = stays and regularizer_parts(before) == wrong
+        what = differences(wrong[0], kernel.conv) if only else words
+        report.remarks[name] = f'wrong geometry, {what}: existing="correct" corrects it'
+    if stays and existing == "keep":
         report.kept[name] = f"it has {label(before)} already"
+        return None
+    if stays:
+        report.kept[name] = f"it has {label(new)} already{_other_values(before, new)}"
         return None
     if existing == "correct":
         if rest is before and _has_penalty(before):
@@ -309,11 +346,25 @@ def _plan(
         elif rest is before:
             report.left_out[name] = "it has no penalty to correct"
         return rest if rest is not before else None
-    if existing == "replace" or not _has_same(before, new):
-        report.attached[name] = new
-        return new if rest is None or existing == "replace" else SumRegularizer([rest, new])
-    report.kept[name] = f"it has {label(new)} already"
-    return None
+    report.attached[name] = new
+    return new if rest is None or existing == "replace" else SumRegularizer([rest, new])
+
+
+def _other_values(regularizer: Any, new: WeightedRegularizer) -> str:
+    """Returns which values of a kernel's earlier penalty differ from those of the new one."""
+    old = next(part for part in regularizer_parts(regularizer) if _is_same_penalty(part, new))
+    found = []
+    for name in ("factor", "alpha", "reduction", "padding"):
+        own, given = getattr(old, name, None), getattr(new, name, None)
+        is_chosen = name != "padding" or "circular" in (own, given)  # any other padding is the layer's
+        if own != given and is_chosen:
+            found.append(f"{'α' if name == 'alpha' else name} {_text(own)} instead of {_text(given)}")
+    return f', with {", ".join(found)}: existing="replace" takes the new one' if found else ""
+
+
+def _text(value: Any) -> str:
+    """Returns a number or a name as text."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _mismatches(regularizer: Any, kernel: LayerKernel) -> list[Any]:
@@ -350,10 +401,13 @@ def _exchanged(regularizer: Any, new: Mapping[int, Any]) -> Any:
 
 def _has_same(regularizer: Any, new: WeightedRegularizer) -> bool:
     """Returns whether a penalty of the same class is in the regularizer, with the same function if any."""
-    return any(
-        isinstance(part, type(new))
-        and (not isinstance(new, FunctionRegularizer) or _is_same(part.function, new.function))
-        for part in regularizer_parts(regularizer)
+    return any(_is_same_penalty(part, new) for part in regularizer_parts(regularizer))
+
+
+def _is_same_penalty(part: Any, new: WeightedRegularizer) -> bool:
+    """Returns whether a regularizer has the class of the new penalty, and its function if any."""
+    return isinstance(part, type(new)) and (
+        not isinstance(new, FunctionRegularizer) or _is_same(part.function, new.function)
     )
 
 
@@ -378,8 +432,12 @@ def _add_remarks(
             remarks.append(f"{kernel.regularizer} was {label(now.replaced_in_layer)}, without effect")
         if isinstance(report.attached.get(name), TakesGeometry) or name in report.corrected:
             remarks += _remarks_on_size(kernel)
-        if name in unsaved:
+        new = report.attached.get(name)
+        to_load = remark_on_loading(new.function) if isinstance(new, FunctionRegularizer) else ""
+        if name in unsaved and to_load != CANNOT_BE_SAVED:
             remarks.append("not in the model's configuration: attach again after loading")
+        elif to_load:
+            remarks.append(to_load)
         if remarks:
             report.remarks[name] = "; ".join(remarks)
 

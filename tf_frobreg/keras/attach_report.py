@@ -7,18 +7,12 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from tf_frobreg.keras.function_regularizer import FunctionRegularizer
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.read_layers import LayerKernel
-from tf_frobreg.keras.regularizers import (
-    FrobeniusRegularizer,
-    FunctionRegularizer,
-    Replacement,
-    ReshapedRegularizer,
-    SpectralRegularizer,
-    WeightedRegularizer,
-    function_name,
-    regularizer_parts,
-)
+from tf_frobreg.keras.regularizer_base import Replacement, WeightedRegularizer, function_name
+from tf_frobreg.keras.regularizers import FrobeniusRegularizer, ReshapedRegularizer, SpectralRegularizer
+from tf_frobreg.keras.sum_regularizer import regularizer_parts
 from tf_frobreg.tables import UNKNOWN, Report, Row, known_columns, names_by_reason
 
 __all__ = ["AttachReport"]
@@ -59,8 +53,10 @@ class AttachReport(Report):
         left_out: Why other kernels and layers have none, by their names.
         remarks: What else you should know, by the kernel's name: which regularizer the penalty was added to
             or replaced, other image sizes of a shared layer, whether the image size is that of an earlier
-            call, whether a saved model lacks the penalty, and how an earlier penalty differs from the layer.
-        kept: Why some kernels keep the regularizer that they had and got no other, by their names.
+            call, whether a saved model lacks the penalty, what loading the penalty's function needs, and how
+            an earlier penalty differs from the layer.
+        kept: Why some kernels keep the regularizer that they had and got no other, by their names. If the
+            values of an earlier penalty differ from the given ones, they are named.
         corrected: Penalties with the layer's geometry that took the place of others, by the kernel's name.
             See `existing="correct"`.
         mismatched: How the geometry of an earlier penalty differs from the layer's, by the kernel's name.

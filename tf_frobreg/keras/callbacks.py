@@ -17,7 +17,7 @@ from tf_frobreg.keras.own_penalty import Target, target_of, warn_of_geometry
 from tf_frobreg.keras.select_kernels import Selection, check_selection, select_kernels
 from tf_frobreg.keras.trace import InputSize
 from tf_frobreg.keras.training_clock import TrainingClock
-from tf_frobreg.plotting import plot_gradient_norms, plot_training
+from tf_frobreg.plotting.trainings import plot_gradient_norms, plot_training
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, report_kernel
 
 __all__ = ["SingularValueMonitor"]
@@ -31,15 +31,20 @@ class SingularValueMonitor(keras.callbacks.Callback):
     """Measures σmax, σmin and R_α of each layer during training.
 
     It writes three numbers of the whole model into `logs`: "sigma_max", the largest σmax of all kernels,
-    "sigma_min", the smallest σmin, and "penalty", the sum of all R_α without factors. They appear in the
-    progress line and in `History`. `CSVLogger`, `TensorBoard` and `ModelCheckpoint` see them if they come
-    after this callback in the list. After an epoch without a measurement they are NaN. `history` holds the
-    numbers of each kernel.
+    "sigma_min", the smallest σmin, and "penalty", the sum over the kernels of R_α = ‖MᵀM − αI‖²_F divided by
+    the number of columns of M. This sum has no factors, and it is the same for both values of `reduction`. It
+    is a measure, not a part of the loss: kernels without a Frobenius penalty count too.
 
-    A kernel's own `FrobeniusRegularizer` decides what R_α is: its α, its `reduction`, and its padding if that
-    is "circular". σ is that of the same operator. R_α of a kernel without one is measured with α = 1 and
-    `reduction="mean"`. If a penalty has another geometry than its layer in this model, a warning says so. The
-    layer's own geometry is measured then.
+    The numbers appear in the progress line and in `History`. `CSVLogger`, `TensorBoard` and `ModelCheckpoint`
+    see them if they come after this callback in the list. After an epoch without a measurement they are NaN.
+    `history` holds the numbers of each kernel.
+
+    A kernel's own `FrobeniusRegularizer` decides what R_α is: its α, and its padding if that is "circular".
+    If it has none, its `SpectralRegularizer` or `ReshapedRegularizer` does. R_α of other kernels is that of
+    the layer with α = 1. σ is that of the same operator. If a penalty has another geometry than its layer in
+    this model, a warning says so. The layer's own geometry is measured then.
+
+    A σmin that cannot be distinguished from 0 is recorded as its upper bound.
 
     Each search starts at the singular vectors found before. If the measurements take long, a warning says how
     long.
@@ -70,9 +75,9 @@ class SingularValueMonitor(keras.callbacks.Callback):
     Attributes:
         history: A dict of columns with one row per measurement: "epoch" (a fraction within an epoch),
             "seconds" (duration of the measurement), the three columns named above, and for each kernel
-            "<layer>/sigma_max", "<layer>/sigma_min" and "<layer>/penalty". With `gradient_data`
-            also "<layer>/gradient_norm". A second `fit` of the same model adds rows. If its epochs start at 0
-            again, the monitor adds the number of epochs before it.
+            "<layer>/sigma_max", "<layer>/sigma_min" and "<layer>/penalty", R_α per column. With
+            `gradient_data` also "<layer>/gradient_norm". A second `fit` of the same model adds rows. If its
+            epochs start at 0 again, the monitor adds the number of epochs before it.
         cost: A sentence: the number of measurements and their share of the training time.
 
     Raises:
@@ -158,7 +163,11 @@ class SingularValueMonitor(keras.callbacks.Callback):
 
         Returns:
             A Matplotlib figure.
+
+        Raises:
+            ValueError: If nothing was measured yet.
         """
+        self._check_measured()
         return plot_training(self.history, self._alphas)
 
     def plot_gradients(self) -> Figure:
@@ -168,11 +177,18 @@ class SingularValueMonitor(keras.callbacks.Callback):
             A Matplotlib figure.
 
         Raises:
-            ValueError: If the monitor has no `gradient_data`.
+            ValueError: If the monitor has no `gradient_data`, or if nothing was measured yet.
         """
         if self.gradient_data is None:
             raise ValueError("gradient_data must be given to draw gradients. Received: gradient_data=None")
+        self._check_measured()
         return plot_gradient_norms(self.history)
+
+    def _check_measured(self) -> None:
+        if not self._measurements:
+            raise ValueError(
+                "nothing was measured yet: draw the monitor after model.fit(..., callbacks=[monitor])"
+            )
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds the kernels."""
@@ -254,9 +270,8 @@ class SingularValueMonitor(keras.callbacks.Callback):
             start=before.row,
         )
         found = NOT_FOUND._replace(row=row)
-        penalty = row.penalty_per_column if target.reduction == "mean" else row.penalty
-        if row.extremes is not None and penalty is not None:
-            found = _Found(row.extremes.sigma_max, row.extremes.sigma_min, penalty, row)
+        if row.extremes is not None and row.penalty_per_column is not None:
+            found = _Found(row.extremes.sigma_max, row.extremes.sigma_min_bound, row.penalty_per_column, row)
         self._latest[kernel.name] = found
         return found
 

@@ -7,7 +7,8 @@ import keras
 
 from tf_frobreg.checks import check_choice, check_number
 from tf_frobreg.keras.read_layers import flat_layers
-from tf_frobreg.keras.regularizers import SumRegularizer, WeightedRegularizer
+from tf_frobreg.keras.regularizer_base import WeightedRegularizer
+from tf_frobreg.keras.sum_regularizer import SumRegularizer
 
 __all__ = ["FactorSchedule"]
 

@@ -1,29 +1,37 @@
-"""The Frobenius penalty that a kernel has already: whether it suits the layer, and how to measure it."""
+"""The penalty that a kernel has already: whether it suits the layer, and how to measure the kernel."""
 
 import dataclasses
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tf_frobreg.checks import enumeration
 from tf_frobreg.convolution.geometry import Convolution
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.read_layers import LayerKernel
-from tf_frobreg.keras.regularizers import FrobeniusRegularizer, regularizer_parts
+from tf_frobreg.keras.regularizers import FrobeniusRegularizer, ReshapedRegularizer, SpectralRegularizer
+from tf_frobreg.keras.sum_regularizer import regularizer_parts
+
+WITH_ALPHA = (FrobeniusRegularizer, SpectralRegularizer, ReshapedRegularizer)
 
 
-def own_penalty(kernel: LayerKernel) -> FrobeniusRegularizer | None:
-    """Returns the first `FrobeniusRegularizer` of a kernel, also one in a sum. None if it has none.
+def own_penalty(
+    kernel: LayerKernel,
+) -> FrobeniusRegularizer | SpectralRegularizer | ReshapedRegularizer | None:
+    """Returns the penalty that gives a kernel its α, also one in a sum. None if it has none.
 
-    The regularizer of the kernel's variable is the one that counts. If the layer computes its kernel, for
-    example with LoRA, the layer's regularizer is taken.
+    It is the first `FrobeniusRegularizer`, or else the first other penalty of this package with an α. The
+    regularizer of the kernel's variable is the one that counts. If the layer computes its kernel, for example
+    with LoRA, the layer's regularizer is taken.
     """
     variable = kernel.variable
     if variable is not None:
         regularizer = variable.regularizer
     else:
         regularizer = getattr(kernel.layer, kernel.regularizer, None)
-    parts = regularizer_parts(regularizer)
-    return next((part for part in parts if isinstance(part, FrobeniusRegularizer)), None)
+    penalties = [part for part in regularizer_parts(regularizer) if isinstance(part, WITH_ALPHA)]
+    frobenius = (part for part in penalties if isinstance(part, FrobeniusRegularizer))
+    return next(frobenius, penalties[0] if penalties else None)
 
 
 def penalised_convolution(penalty: TakesGeometry, kernel: LayerKernel) -> Convolution | None:
@@ -74,13 +82,11 @@ class Target(NamedTuple):
     Attributes:
         kernel: The kernel, with the padding of the penalty if that is "circular".
         alpha: α of R_α.
-        reduction: "sum" or "mean".
         mismatch: How the geometry of the penalty differs from the layer's, or "".
     """
 
     kernel: LayerKernel
     alpha: float
-    reduction: str
     mismatch: str = ""
 
 
@@ -88,13 +94,29 @@ def target_of(kernel: LayerKernel, alpha: float | None) -> Target:
     """Returns how to measure a kernel. None takes α of its own penalty, or 1 if it has none."""
     penalty = own_penalty(kernel)
     if penalty is None:
-        return Target(kernel, 1.0 if alpha is None else alpha, "mean")
+        return Target(kernel, 1.0 if alpha is None else alpha)
+    alpha = penalty.alpha if alpha is None else alpha
+    if not isinstance(penalty, TakesGeometry):
+        return Target(kernel, alpha)
     penalised = penalised_convolution(penalty, kernel)
     mismatch = "" if penalised else differences(penalty, kernel.conv)
     kernel = kernel._replace(conv=penalised or kernel.conv)
     if penalty.padding == "circular":
         kernel = kernel.with_padding("circular")
-    return Target(kernel, penalty.alpha if alpha is None else alpha, penalty.reduction, mismatch)
+    return Target(kernel, alpha, mismatch)
+
+
+def remark_on(kernel: LayerKernel) -> str | None:
+    """Returns what a measurement of the layer's own M at its first size leaves out, or None."""
+    remarks = []
+    penalty = own_penalty(kernel)
+    circular = isinstance(penalty, TakesGeometry) and penalty.padding == "circular"
+    if circular and any(axis.span > 1 for axis in kernel.conv.axes):
+        remarks.append("penalised without border (circular), measured with the layer's padding")
+    if kernel.other_sizes:
+        sizes = ["×".join(map(str, size)) for size in kernel.other_sizes]
+        remarks.append(f"also applied to {enumeration(sizes)}")
+    return "; ".join(remarks) or None
 
 
 def warn_of_geometry(targets: Sequence[Target]) -> bool:

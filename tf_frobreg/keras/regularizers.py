@@ -1,109 +1,23 @@
-"""The Keras regularizers."""
+"""The Keras regularizers that penalise a kernel by a formula of this package."""
 
-import reprlib
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, Self, Unpack
+from typing import Any, Unpack
 
 import keras
 import tensorflow as tf
 
-from tf_frobreg.checks import check_choice, check_integer, check_number
+from tf_frobreg.checks import check_choice, check_integer
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
+from tf_frobreg.keras.regularizer_base import WeightedRegularizer, check_constant
 from tf_frobreg.penalties.frobenius import METHODS, FrobeniusPenalty
 from tf_frobreg.penalties.reshaped import evaluate_reshaped
 from tf_frobreg.penalties.two_norm import check_gram, power_iteration, start_vector
 
-__all__ = [
-    "FrobeniusRegularizer",
-    "FunctionRegularizer",
-    "ReshapedRegularizer",
-    "SpectralRegularizer",
-    "SumRegularizer",
-]
+__all__ = ["FrobeniusRegularizer", "ReshapedRegularizer", "SpectralRegularizer"]
 
 REDUCTIONS = ("sum", "mean")
-
-
-class Replacement(keras.regularizers.Regularizer):
-    """A regularizer that can take the place of another one and give it back. Internal.
-
-    Keras keeps a regularizer in two places: the kernel's variable has the one that is computed, the layer the
-    one that is saved. The attributes are not saved with a model.
-
-    Attributes:
-        replaced: The variable's regularizer before `attach_regularizers` put this one there, or None.
-        replaced_in_layer: The layer's. It differs if the layer's attribute was set after building.
-        detached: Whether `AttachReport.detach` has taken this one off.
-    """
-
-    replaced: Any = None
-    replaced_in_layer: Any = None
-    detached: bool = False
-
-
-def check_constant(name: str, value: Any, *, exclusive: bool = False) -> float:
-    """Returns `value` as a plain float, or raises an error. A variable would keep only its value of now."""
-    if isinstance(value, (keras.Variable, tf.Variable)):
-        raise TypeError(
-            f"{name} must be a number, not a variable, because its value would be frozen. FactorSchedule "
-            f"changes the weight of a penalty during training. Received: {name}={reprlib.repr(value)}"
-        )
-    return check_number(name, value, exclusive=exclusive)
-
-
-class WeightedRegularizer(Replacement):
-    """A penalty times `factor` times `scale`, a number that `FactorSchedule` changes. Internal.
-
-    Args:
-        factor: Weight of the penalty, at least 0.
-        scale: Multiplier of `factor`, at least 0.
-    """
-
-    def __init__(self, factor: float, scale: float) -> None:
-        self.factor = check_constant("factor", factor)
-        self._scale: Any = check_constant("scale", scale)
-
-    @property
-    def scale(self) -> float:
-        """Multiplier of `factor`. Traced functions see a change only after `make_adjustable`."""
-        return float(self._scale)
-
-    @scale.setter
-    def scale(self, value: float) -> None:
-        value = check_number("scale", value)
-        if isinstance(self._scale, tf.Variable):
-            self._scale.assign(value)
-        else:
-            self._scale = value
-
-    def make_adjustable(self) -> bool:
-        """Moves `scale` into a variable, which traced functions read. Returns False if it was in one."""
-        if isinstance(self._scale, tf.Variable):
-            return False
-        with tf.init_scope():
-            self._scale = tf.Variable(
-                self._scale,
-                trainable=False,
-                dtype=tf.float64,
-                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-            )
-        return True
-
-    def weight(self, dtype: tf.DType) -> Any:
-        """Returns factor·scale: a plain number, or a tensor of `dtype` if `scale` is in a variable."""
-        if isinstance(self._scale, tf.Variable):
-            return tf.cast(self.factor * self._scale, dtype)
-        return self.factor * self._scale
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments as plain values, with `scale` only if it is not 1."""
-        return {"factor": self.factor} | ({} if self.scale == 1.0 else {"scale": self.scale})
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_scale": self.scale}  # a copy does not share the variable
 
 
 @keras.saving.register_keras_serializable(package="tf_frobreg")
@@ -323,140 +237,3 @@ class ReshapedRegularizer(WeightedRegularizer):
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
         return super().get_config() | {"alpha": self.alpha}
-
-
-@keras.saving.register_keras_serializable(package="tf_frobreg")
-class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
-    """Penalises a kernel by `factor` times a function of the kernel and the layer's geometry.
-
-    The function is called as `function(kernel, convolution)`. `kernel` is a tensor of float32 or float64.
-    `convolution` is the layer's `Convolution`: the shapes of M, and `**convolution.geometry` for the
-    functions of this package. The result must be a scalar that TensorFlow can differentiate in the kernel.
-
-    Keras saves the name of the function. A function with `@keras.saving.register_keras_serializable()` is
-    found again on loading. For any other one give `load_model` its `custom_objects`.
-
-    Args:
-        function: The function.
-        input_size: Spatial size of the layer's input, an int or one int per axis. () for `Dense`.
-        factor: Weight of the penalty, at least 0.
-        scale: Multiplier of `factor` that `FactorSchedule` changes. It is saved with the model.
-        **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind` of the layer, as for
-            `tf_frobreg.Convolution`.
-
-    Raises:
-        ValueError: If an argument is invalid. When the penalty is computed: if an argument does not fit the
-            kernel, or the result of the function is not a scalar.
-        TypeError: If an argument has the wrong type.
-
-    Example:
-        The mean of σ², which is ‖M‖²_F per column of M:
-
-        >>> from tf_frobreg import transformation_matrix
-        >>> @keras.saving.register_keras_serializable(package="example")
-        ... def mean_square(kernel, convolution):
-        ...     matrix = transformation_matrix(kernel, convolution.input_size, **convolution.geometry)
-        ...     return tf.reduce_sum(matrix.values**2) / convolution.shape[1]
-        >>> regularizer = FunctionRegularizer(mean_square, input_size=8, factor=0.5)
-        >>> layer = keras.layers.Conv2D(
-        ...     1, 1, kernel_initializer=keras.initializers.Constant(2.0), kernel_regularizer=regularizer)
-        >>> _ = layer(tf.zeros((1, 8, 8, 1)))
-        >>> print(layer.losses[0].numpy())
-        2.0
-    """
-
-    def __init__(
-        self,
-        function: Callable[[Any, Convolution], Any],
-        input_size: Size,
-        factor: float = 0.01,
-        *,
-        scale: float = 1.0,
-        **geometry: Unpack[Geometry],
-    ) -> None:
-        super().__init__(factor, scale)
-        self.function = check_function("function", function)
-        self.take_geometry(input_size, geometry)
-
-    def __call__(self, x: Any) -> tf.Tensor:
-        """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        kernel = as_kernel(x, check_finite=False)
-        result = self.function(kernel, self.convolution(kernel.shape))
-        try:
-            value = tf.cast(result, kernel.dtype)
-        except (TypeError, ValueError, tf.errors.OpError):
-            value = None
-        if value is None or value.shape.rank not in (0, None):
-            found = reprlib.repr(result) if value is None else f"a tensor of shape {value.shape}"
-            raise ValueError(
-                f"function {function_name(self.function)} must return a scalar. Received: {found}"
-            )
-        return self.weight(value.dtype) * value
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments as plain values."""
-        function = keras.saving.serialize_keras_object(self.function)
-        return {**super().get_config(), "function": function, **self.geometry_config()}
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        """Returns the regularizer of a configuration. Keras looks up the function."""
-        return cls(**config | {"function": keras.saving.deserialize_keras_object(config["function"])})
-
-
-def check_function(name: str, function: Any, else_: str = "") -> Callable[[Any, Convolution], Any]:
-    """Returns a function of kernel and convolution, or raises an error that names the argument."""
-    if not callable(function) or isinstance(function, (type, keras.regularizers.Regularizer)):
-        raise TypeError(
-            f"{name} must be {else_}a function of (kernel, convolution). "
-            f"Received: {name}={reprlib.repr(function)}"
-        )
-    return function
-
-
-def function_name(function: Any) -> str:
-    """Returns the name of a function, or of the type of another callable."""
-    return getattr(function, "__name__", type(function).__name__)
-
-
-@keras.saving.register_keras_serializable(package="tf_frobreg")
-class SumRegularizer(Replacement):
-    """Adds up the values of several regularizers, so that a kernel can have more than one.
-
-    Args:
-        regularizers: Keras regularizers, their names or configurations, or functions of the kernel.
-
-    Raises:
-        ValueError: If `regularizers` is empty or contains None.
-
-    Example:
-        >>> both = SumRegularizer([keras.regularizers.L2(0.5), ReshapedRegularizer(factor=1.0)])
-        >>> print(both(tf.ones((1, 1, 1, 1))).numpy())
-        0.5
-    """
-
-    def __init__(self, regularizers: Iterable[Any]) -> None:
-        given = list(regularizers)
-        self.regularizers: list[Callable[[Any], Any]] = [keras.regularizers.get(part) for part in given]
-        if not self.regularizers or None in self.regularizers:
-            raise ValueError(
-                f"regularizers must not be empty and must not contain None. Received: regularizers={given!r}"
-            )
-
-    def __call__(self, x: Any) -> tf.Tensor:
-        """Returns the sum, a scalar."""
-        return tf.add_n([regularizer(x) for regularizer in self.regularizers])
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the constructor's arguments as plain values."""
-        return {"regularizers": [keras.regularizers.serialize(part) for part in self.regularizers]}
-
-
-def regularizer_parts(regularizer: Any) -> list[Any]:
-    """Returns the regularizers that a `SumRegularizer` adds up, including those of sums in it.
-
-    Any other regularizer is its own only part. None has no part.
-    """
-    if isinstance(regularizer, SumRegularizer):
-        return [part for summand in regularizer.regularizers for part in regularizer_parts(summand)]
-    return [] if regularizer is None else [regularizer]

@@ -11,7 +11,7 @@ import numpy as np
 
 from tf_frobreg.checks import check_flag, check_number
 from tf_frobreg.descent.algorithm_3_1 import DescentResult, StopReason, regularize_kernel
-from tf_frobreg.keras.own_penalty import target_of
+from tf_frobreg.keras.own_penalty import remark_on, target_of
 from tf_frobreg.keras.read_layers import read_kernels
 from tf_frobreg.keras.select_kernels import Selection, select_kernels
 from tf_frobreg.keras.trace import InputSize
@@ -54,8 +54,8 @@ def model_spectrum(
 
     Args:
         model: A built Keras model or layer. Nested models and layers are measured too.
-        alpha: α of R_α, the target of σ². Positive. None takes α of each kernel's own Frobenius penalty, and
-            1 for kernels without one.
+        alpha: α of R_α, the target of σ². Positive. None takes α of each kernel's own penalty, and 1 for
+            kernels without one.
         accuracy: Below 1. The error estimate of σmax to reach, relative to σmax.
         input_size: Size of the input images, an int or one int per axis, if the model leaves it open. A dict
             gives several sizes by the names of inputs or layers.
@@ -66,10 +66,11 @@ def model_spectrum(
             a training.
 
     Returns:
-        A `ModelSpectrum`, a list that prints as a table. It holds one `KernelSpectrum` per kernel, in the
-        order of the layers. Then one with a reason for each layer that has a matrix but cannot be measured. A
-        row has the name of the layer, or its path if the name is not unique. The two kernels of a separable
-        convolution are "<layer>/depthwise" and "<layer>/pointwise".
+        A `ModelSpectrum`, a list that prints as a table. Its `records()` returns flat dicts, as
+        `pandas.DataFrame` takes them. It holds one `KernelSpectrum` per kernel, in the order of the layers.
+        Then one with a reason for each layer that has a matrix but cannot be measured. A row has the name of
+        the layer, or its path if the name is not unique. The two kernels of a separable convolution are
+        "<layer>/depthwise" and "<layer>/pointwise".
 
     Raises:
         ValueError: If an argument is invalid, or the model has not been built.
@@ -101,6 +102,7 @@ def model_spectrum(
             max_iterations=max_iterations,
             sigma_min=sigma_min,
             start=before.get(kernel.name),
+            remark=remark_on(kernel),
         )
         for kernel in found.kernels
     ]
@@ -270,7 +272,7 @@ def regularize_model(
 
     Args:
         model: A built Keras model or layer: Sequential, Functional or subclassed. Nested ones are included.
-        alpha: α, the target of σ². Positive. None takes α of each kernel's own Frobenius penalty, and 1 for
+        alpha: α, the target of σ². Positive. None takes α of each kernel's own penalty, and 1 for
             kernels without one.
         include: Which kernels to regularize: a name, a layer, a layer class, a function of the layer, or a
             list of these. Names may contain wildcards (`"block*"`). The default is all kernels.

@@ -59,7 +59,7 @@ class ExtremeSingularValues(NamedTuple):
         sigma_min: Never below σmin, up to rounding. NaN if it was not requested.
         sigma_max_error: Estimate of how much larger σmax may be.
         sigma_min_error: Estimate of how much smaller σmin may be. At least `sigma_min` if σmin cannot be
-            distinguished from 0.
+            distinguished from 0. σmin is then between 0 and about this number.
         sigma_max_converged: Whether σmax has the requested accuracy, by its error estimate.
         sigma_min_converged: The same for σmin.
         vectors: The vectors at which the search ended, for a warm start. None if there was no search.
@@ -77,6 +77,22 @@ class ExtremeSingularValues(NamedTuple):
     def converged(self) -> bool:
         """Whether both values have the requested accuracy, by their error estimates."""
         return self.sigma_max_converged and self.sigma_min_converged
+
+    @property
+    def sigma_min_bound(self) -> float:
+        """The largest number that σmin can be: `sigma_min`, or its error if that is larger.
+
+        A `sigma_min` far below its error is noise. NaN if σmin was not requested.
+        """
+        return max(self.sigma_min, self.sigma_min_error)
+
+    @property
+    def sigma_min_is_bound(self) -> bool:
+        """Whether σmin is only bounded from above: it can be 0, or it does not have the accuracy."""
+        if math.isnan(self.sigma_min):
+            return False
+        can_be_0 = self.sigma_min_error > 0 and self.sigma_min_error >= self.sigma_min
+        return can_be_0 or not self.sigma_min_converged
 
 
 class ExtremesFinder:
@@ -154,14 +170,21 @@ class ExtremesFinder:
 
     def _from_all(self, kernel: np.ndarray) -> ExtremeSingularValues:
         """Returns the largest and the smallest of all singular values, which are computed."""
-        accuracy = 1e-14 if self._size <= DECOMPOSED_ROWS or has_frequencies(self._conv) else 1e-8
+        decomposed = self._size <= DECOMPOSED_ROWS or has_frequencies(self._conv)
+        accuracy = 1e-14 if decomposed else 1e-8
         sigma = all_singular_values(kernel, self._conv, accuracy) if kernel.any() else np.zeros(1)
         error = float(max(accuracy, self._size * np.finfo(np.float64).eps) * sigma[0])
+        low = low_error = float(sigma[-1])
+        if low > error:
+            low_error = error
+        elif low > 0 or not decomposed:  # the error has both signs
+            low_error += error
+        # A decomposition returns exactly 0 only for a zero row or column of M: then σmin is 0.
         return ExtremeSingularValues(
             sigma_max=float(sigma[0]),
-            sigma_min=float(sigma[-1]) if self._sigma_min else math.nan,
+            sigma_min=low if self._sigma_min else math.nan,
             sigma_max_error=error,
-            sigma_min_error=error if self._sigma_min else math.nan,
+            sigma_min_error=low_error if self._sigma_min else math.nan,
             sigma_max_converged=True,
             sigma_min_converged=self._sigma_min,
         )
@@ -198,6 +221,8 @@ class ExtremesFinder:
             below = max(low.residual, allowed) + rounding
             sigma_min = math.sqrt(max(low.value, 0.0))
             sigma_min_error = sigma_min - math.sqrt(max(low.value - below, 0.0))
+            if low.value < rounding:  # it is noise, and can be too small too
+                sigma_min_error = math.sqrt(max(low.value, 0.0) + rounding)
         return ExtremeSingularValues(
             sigma_max=sigma_max,
             sigma_min=sigma_min,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_frobreg.checks import check_accuracy, check_integer, check_number
 from tf_frobreg.convolution.geometry import Convolution
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 from tf_frobreg.spectrum.extremes import ExtremesFinder, ExtremeSingularValues, ratio
@@ -47,6 +48,7 @@ class KernelSpectrum:
         penalty_floor: Lower bound on R_α for every kernel of this shape.
         convolution: The geometry.
         alpha: α of R_α, the target of σ².
+        remark: What the row does not show, such as other images that the layer is applied to.
 
     Example:
         >>> print(KernelSpectrum("conv", "its kernel holds NaN or infinity", kernel_shape=(3, 3, 1, 4)))
@@ -63,31 +65,34 @@ class KernelSpectrum:
     penalty_floor: float | None = None
     convolution: Convolution | None = None
     alpha: float | None = None
+    remark: str | None = None
 
     def __repr__(self) -> str:
         """Returns one line without the geometry and the vectors of the search."""
         ends = self.extremes
         if ends is None:
             return f"KernelSpectrum(name={self.name!r}, reason={self.reason!r})"
-        sigma = f"sigma_max={ends.sigma_max:.4g}, sigma_min={ends.sigma_min:.4g}"
+        sigma = f"sigma_max={ends.sigma_max:.4g}, sigma_min={ends.sigma_min_bound:.4g}"
         return f"KernelSpectrum(name={self.name!r}, {sigma})"
 
     def __str__(self) -> str:
         if self.extremes is None or self.penalty is None:
             return f"{self.name}  - {self.reason or 'not measured'}"
-        sigma_max, sigma_min = self.extremes.sigma_max, self.extremes.sigma_min
-        return f"{self.name}  σ {sigma_min:.4g} … {sigma_max:.4g}, R {self.penalty:.4g}"
+        ends = self.extremes
+        return f"{self.name}  σ {_sigma_min(ends)} … {digits(ends.sigma_max)}, R {digits(self.penalty)}"
 
     @property
     def condition_number(self) -> float | None:
         """σmax / σmin of `extremes`, which may be only a lower bound of the condition number of M.
 
         The true value can be far larger, even infinite, if `extremes.converged` is False or if
-        `extremes.sigma_min_error` is at least `extremes.sigma_min`: σmin then cannot be distinguished from 0.
-        The function `condition_number` computes it more accurately. None if the kernel was not measured, NaN
-        if σmin was not requested.
+        `extremes.sigma_min_error` is at least `extremes.sigma_min`. σmin then cannot be distinguished from 0,
+        and its upper bound `extremes.sigma_min_bound` is the divisor. The function `condition_number`
+        computes the number more accurately. None if the kernel was not measured, NaN if σmin was not
+        requested.
         """
-        return None if self.extremes is None else ratio(self.extremes.sigma_max, self.extremes.sigma_min)
+        ends = self.extremes
+        return None if ends is None else ratio(ends.sigma_max, ends.sigma_min_bound)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the row as flat plain values, as `pandas.DataFrame` takes them.
@@ -95,6 +100,7 @@ class KernelSpectrum:
         Returns:
             Values by name, without `convolution` and the vectors of the search. What was not measured is
             None. "sigma_min_is_upper_bound" says that σmin cannot be distinguished from 0 or is not accurate.
+            "sigma_min" is its upper bound then, and "condition_number" a lower bound.
         """
         ends = self.extremes
         no_sigma_min = ends is None or math.isnan(ends.sigma_min)
@@ -103,27 +109,26 @@ class KernelSpectrum:
             "kernel_shape": self.kernel_shape,
             "input_size": self.input_size,
             "sigma_max": ends and ends.sigma_max,
-            "sigma_min": ends and ends.sigma_min,
+            "sigma_min": ends and ends.sigma_min_bound,
             "sigma_max_error": ends and ends.sigma_max_error,
             "sigma_min_error": ends and ends.sigma_min_error,
             "sigma_max_converged": ends and ends.sigma_max_converged,
             "sigma_min_converged": None if no_sigma_min else ends and ends.sigma_min_converged,
-            "sigma_min_is_upper_bound": None if no_sigma_min else ends and _is_upper_bound(ends),
+            "sigma_min_is_upper_bound": None if no_sigma_min else ends and ends.sigma_min_is_bound,
             "condition_number": self.condition_number,
             "alpha": self.alpha,
             "penalty": self.penalty,
             "penalty_per_column": self.penalty_per_column,
             "penalty_floor": self.penalty_floor,
             "reason": self.reason,
+            "remark": self.remark,
         }
         return {name: None if _is_nan(value) else value for name, value in record.items()}
 
 
-def _is_upper_bound(ends: ExtremeSingularValues) -> bool:
-    """Whether σmin is only an upper bound: it is not distinguishable from 0, or not accurate."""
-    if math.isnan(ends.sigma_min):  # it was not requested
-        return False
-    return ends.sigma_min_error >= ends.sigma_min > 0 or not ends.sigma_min_converged
+def _sigma_min(ends: ExtremeSingularValues) -> str:
+    """Returns σmin as text, or its upper bound."""
+    return ("≤ " if ends.sigma_min_is_bound else "") + digits(ends.sigma_min_bound)
 
 
 def _is_nan(value: Any) -> bool:
@@ -134,6 +139,7 @@ class ModelSpectrum(Report, list[KernelSpectrum]):
     """The rows of a model, a list of `KernelSpectrum`. `print(spectrum)` shows a table.
 
     "≤" and "≥" mark bounds: σmin cannot be distinguished from 0, or a search did not reach the accuracy.
+    Lines below the table give the `remark` of rows, and why other layers were not measured.
     A terminal that is too narrow lacks some columns. A slice is a plain list.
 
     Example:
@@ -176,9 +182,10 @@ def spectrum_summary(rows: Sequence[KernelSpectrum], *, with_alpha: bool = True)
     measured = [row.extremes for row in rows if row.extremes is not None]
     parts = [count(len(measured), "kernel")]
     if measured:
-        low = [ends.sigma_min for ends in measured if not math.isnan(ends.sigma_min)]
+        known = [ends for ends in measured if not math.isnan(ends.sigma_min)]
+        low = _sigma_min(min(known, key=lambda ends: ends.sigma_min_bound)) if known else None
         high = digits(max(ends.sigma_max for ends in measured))
-        parts.append(f"σ {digits(min(low))} … {high}" if low else f"σ up to {high}")
+        parts.append(f"σ {low} … {high}" if low else f"σ up to {high}")
     if with_alpha and (alpha := common_alpha(rows)) is not None:
         parts.append(f"α = {alpha:g}")
     if missing := len(rows) - len(measured):
@@ -197,8 +204,8 @@ def spectrum_rows(rows: Sequence[KernelSpectrum]) -> list[Row]:
                 "kernel": _times(row.kernel_shape),
                 "image": _times(row.input_size),
                 "σmax": ("" if ends.sigma_max_converged else "≥ ") + digits(ends.sigma_max),
-                "σmin": ("≤ " if _is_upper_bound(ends) else "") + digits(ends.sigma_min),
-                "σmax/σmin": ("≥ " if _is_upper_bound(ends) else "") + digits(row.condition_number),
+                "σmin": _sigma_min(ends),
+                "σmax/σmin": ("≥ " if ends.sigma_min_is_bound else "") + digits(row.condition_number),
                 "α": UNKNOWN if one_alpha or row.alpha is None else f"{row.alpha:g}",
                 "R": digits(row.penalty),
                 "R/column": digits(row.penalty_per_column),
@@ -210,9 +217,13 @@ def spectrum_rows(rows: Sequence[KernelSpectrum]) -> list[Row]:
 
 
 def spectrum_remarks(rows: Sequence[KernelSpectrum]) -> list[str]:
-    """Returns lines on what was not measured, and why."""
+    """Returns lines on what the table does not show, and on what was not measured."""
+    remarks = {row.name: row.remark for row in rows if row.extremes is not None and row.remark}
     reasons = {row.name: row.reason or "not measured" for row in rows if row.extremes is None}
-    return [f"Not measured: {names}: {reason}" for reason, names in names_by_reason(reasons).items()]
+    return [
+        *(f"{names}: {remark}" for remark, names in names_by_reason(remarks).items()),
+        *(f"Not measured: {names}: {reason}" for reason, names in names_by_reason(reasons).items()),
+    ]
 
 
 def common_alpha(rows: Sequence[KernelSpectrum]) -> float | None:
@@ -235,6 +246,7 @@ def report_kernel(
     max_iterations: int = 1000,
     sigma_min: bool = True,
     start: KernelSpectrum | None = None,
+    remark: str | None = None,
 ) -> KernelSpectrum:
     """Returns the row of one kernel.
 
@@ -248,19 +260,27 @@ def report_kernel(
             solver.
         sigma_min: Whether to search for σmin.
         start: An earlier row of this kernel. The searches begin there if the geometry is the same.
+        remark: What the row does not show.
 
     Returns:
         A row with the measurement, or with a reason if the kernel is not finite or needs too much memory.
+
+    Raises:
+        ValueError: If an argument is invalid.
+        TypeError: If an argument has the wrong type.
     """
+    alpha = check_number("alpha", alpha, exclusive=True)
+    accuracy = check_accuracy(accuracy)
+    max_iterations = check_integer("max_iterations", max_iterations)
     if not np.isfinite(kernel).all():
         return KernelSpectrum(name, "its kernel holds NaN or infinity", kernel_shape=conv.kernel_shape)
-    frobenius = FrobeniusPenalty(conv, alpha)
-    finder = ExtremesFinder(conv, accuracy, max_iterations=max_iterations, sigma_min=sigma_min)
     before = start.extremes if start is not None and start.convolution == conv else None
-    try:
+    try:  # the arguments are valid, so that a refusal means too little memory
+        frobenius = FrobeniusPenalty(conv, alpha)
+        finder = ExtremesFinder(conv, accuracy, max_iterations=max_iterations, sigma_min=sigma_min)
         found = finder(kernel, before)
         penalty = float(frobenius.value(tf.constant(kernel, tf.float64)))
-    except ValueError as error:  # too little memory
+    except ValueError as error:
         return KernelSpectrum(name, str(error), kernel_shape=conv.kernel_shape)
     if math.isnan(penalty):  # the difference of two numbers that are larger than any float
         penalty = math.inf
@@ -274,4 +294,5 @@ def report_kernel(
         penalty_floor=frobenius.floor,
         convolution=conv,
         alpha=alpha,
+        remark=remark,
     )

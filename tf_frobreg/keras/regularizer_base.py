@@ -1,0 +1,145 @@
+"""What the Keras regularizers of this package have in common."""
+
+import contextlib
+import inspect
+import reprlib
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_frobreg.checks import check_number
+from tf_frobreg.convolution.geometry import Convolution, Geometry
+from tf_frobreg.keras.layer_geometry import TakesGeometry
+
+# Arguments that the repr of a regularizer shows also if they have their default.
+ALWAYS_SHOWN = ("input_size", "factor", "alpha")
+# Arguments that FactorSchedule changes.
+SCHEDULED = ("factor", "scale")
+
+
+class Replacement(keras.regularizers.Regularizer):
+    """A regularizer that can take the place of another one and give it back. Internal.
+
+    Keras keeps a regularizer in two places: the kernel's variable has the one that is computed, the layer the
+    one that is saved. The attributes are not saved with a model.
+
+    Attributes:
+        replaced: The variable's regularizer before `attach_regularizers` put this one there, or None.
+        replaced_in_layer: The layer's. It differs if the layer's attribute was set after building.
+        detached: Whether `AttachReport.detach` has taken this one off.
+    """
+
+    replaced: Any = None
+    replaced_in_layer: Any = None
+    detached: bool = False
+
+    def __repr__(self) -> str:
+        """Returns a call of the constructor. Arguments that have their default are left out, except three."""
+        parts = []
+        with tf.init_scope():  # `scale` can be a variable, which has no number while a function is traced
+            for name, default in _parameters(type(self)).items():
+                value = getattr(self, name, default)
+                # A class of the user can have arguments of any type.
+                is_plain = isinstance(value, (int, float, str, tuple))
+                is_default = is_plain and value in (default, (default,) * np.size(value))
+                if name in ALWAYS_SHOWN or not is_default:
+                    parts.append(f"{name}={describe(value)}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def describe(value: Any) -> str:
+    """Returns an argument of a regularizer as text. Regularizers and functions are shown by name."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(describe, value))}]"
+    if isinstance(value, keras.regularizers.Regularizer) and not isinstance(value, Replacement):
+        config: dict[str, Any] = {}
+        with contextlib.suppress(Exception):  # a class of the user may have none
+            config = value.get_config()
+        return f"{type(value).__name__}({', '.join(f'{name}={own!r}' for name, own in config.items())})"
+    return function_name(value) if inspect.isroutine(value) else repr(value)
+
+
+def function_name(function: Any) -> str:
+    """Returns the name of a function, or of the type of another callable."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _parameters(kind: type) -> dict[str, Any]:
+    """Returns the defaults of a constructor's arguments by name, with the geometry one by one."""
+    defaults: dict[str, Any] = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            defaults[name] = parameter.default
+        elif issubclass(kind, TakesGeometry):
+            own = inspect.signature(Convolution).parameters
+            defaults |= {name: own[name].default for name in Geometry.__annotations__}
+    return defaults
+
+
+def check_constant(name: str, value: Any, *, exclusive: bool = False) -> float:
+    """Returns `value` as a plain float, or raises an error. A variable would keep only its value of now."""
+    if isinstance(value, (keras.Variable, tf.Variable)):
+        instead = (
+            "FactorSchedule changes the weight of a penalty during training"
+            if name in SCHEDULED
+            else f"Write float({name}) for its present value"
+        )
+        raise TypeError(
+            f"{name} must be a number, not a variable, because its value would be frozen. {instead}. "
+            f"Received: {name}={reprlib.repr(value)}"
+        )
+    return check_number(name, value, exclusive=exclusive)
+
+
+class WeightedRegularizer(Replacement):
+    """A penalty times `factor` times `scale`, a number that `FactorSchedule` changes. Internal.
+
+    Args:
+        factor: Weight of the penalty, at least 0.
+        scale: Multiplier of `factor`, at least 0.
+    """
+
+    def __init__(self, factor: float, scale: float) -> None:
+        self.factor = check_constant("factor", factor)
+        self._scale: Any = check_constant("scale", scale)
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of `factor`. Traced functions see a change only after `make_adjustable`."""
+        return float(self._scale)
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        value = check_number("scale", value)
+        if isinstance(self._scale, tf.Variable):
+            self._scale.assign(value)
+        else:
+            self._scale = value
+
+    def make_adjustable(self) -> bool:
+        """Moves `scale` into a variable, which traced functions read. Returns False if it was in one."""
+        if isinstance(self._scale, tf.Variable):
+            return False
+        with tf.init_scope():
+            self._scale = tf.Variable(
+                self._scale,
+                trainable=False,
+                dtype=tf.float64,
+                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            )
+        return True
+
+    def weight(self, dtype: tf.DType) -> Any:
+        """Returns factor·scale: a plain number, or a tensor of `dtype` if `scale` is in a variable."""
+        if isinstance(self._scale, tf.Variable):
+            return tf.cast(self.factor * self._scale, dtype)
+        return self.factor * self._scale
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments as plain values, with `scale` only if it is not 1."""
+        return {"factor": self.factor} | ({} if self.scale == 1.0 else {"scale": self.scale})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_scale": self.scale}  # a copy does not share the variable

@@ -1,0 +1,58 @@
+"""The Keras regularizer that adds up others."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_frobreg.keras.regularizer_base import Replacement, describe
+
+__all__ = ["SumRegularizer"]
+
+
+@keras.saving.register_keras_serializable(package="tf_frobreg")
+class SumRegularizer(Replacement):
+    """Adds up the values of several regularizers, so that a kernel can have more than one.
+
+    Args:
+        regularizers: Keras regularizers, their names or configurations, or functions of the kernel.
+
+    Raises:
+        ValueError: If `regularizers` is empty or contains None.
+
+    Example:
+        >>> from tf_frobreg import ReshapedRegularizer
+        >>> both = SumRegularizer([keras.regularizers.L2(0.5), ReshapedRegularizer(factor=1.0)])
+        >>> print(both(tf.ones((1, 1, 1, 1))).numpy())
+        0.5
+    """
+
+    def __init__(self, regularizers: Iterable[Any]) -> None:
+        given = list(regularizers)
+        self.regularizers: list[Callable[[Any], Any]] = [keras.regularizers.get(part) for part in given]
+        if not self.regularizers or None in self.regularizers:
+            raise ValueError(
+                f"regularizers must not be empty and must not contain None. Received: regularizers={given!r}"
+            )
+
+    def __call__(self, x: Any) -> tf.Tensor:
+        """Returns the sum, a scalar."""
+        return tf.add_n([regularizer(x) for regularizer in self.regularizers])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({describe(self.regularizers)})"
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments as plain values."""
+        return {"regularizers": [keras.regularizers.serialize(part) for part in self.regularizers]}
+
+
+def regularizer_parts(regularizer: Any) -> list[Any]:
+    """Returns the regularizers that a `SumRegularizer` adds up, including those of sums in it.
+
+    Any other regularizer is its own only part. None has no part.
+    """
+    if isinstance(regularizer, SumRegularizer):
+        return [part for summand in regularizer.regularizers for part in regularizer_parts(summand)]
+    return [] if regularizer is None else [regularizer]

@@ -1,0 +1,1 @@
+"""Matplotlib figures of descents, of spectra and of trainings."""
