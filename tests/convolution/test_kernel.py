@@ -97,7 +97,7 @@ def test_the_remark_on_the_order_points_at_the_line_of_the_user(call):
     [
         *[(64, 3, 3, 3), (16, 8, 3, 3), (64, 1, 3, 3), (64, 3, 7, 7), (96, 1, 5, 5), (16, 32, 3)],
         *[(6, 2, 3, 3, 3), (4, 3, 3, 3), (16, 8, 1, 1), (64, 256, 1, 1), (16, 8, 3), (4, 3, 3, 3, 3)],
-        (2, 3, 5, 5),
+        (4, 3, 5, 5),
     ],
 )
 def test_kernels_in_the_order_of_pytorch_are_remarked(shape):

@@ -43,6 +43,7 @@ def test_circular_matrix_is_the_slow_twins(case):
     np.testing.assert_allclose(dense(case, case.kernel()), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:A kernel of shape")  # some seem to be in PyTorch's order
 @settings(max_examples=60)
 @given(cases(kinds=("conv",)))
 def test_matrix_is_the_slow_twins_for_any_geometry(case):

@@ -332,7 +332,11 @@ def test_bad_arguments_are_refused_by_name(function, arguments, message):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("output_padding", ""), ("data_format", ""), ("stride", r" \(did you mean 'strides'\?\)")],
+    [
+        ("output_padding", r" \(did you mean 'padding'\?\)"),
+        ("data_format", ""),
+        ("stride", r" \(did you mean 'strides'\?\)"),
+    ],
 )
 @pytest.mark.parametrize("function", [frobenius_penalty, frobenius_gradient, penalty_excess, singular_values])
 def test_unknown_arguments_are_refused_by_name(function, name, hint):

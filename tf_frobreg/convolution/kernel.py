@@ -117,8 +117,8 @@ def remark_on_order(kernel_shape: Sequence[int]) -> str | None:
 
     All axes after the first two are then one number that is a frequent kernel size. In Keras' order the first
     axes are the kernel size, and the last two are the channels. A kernel size is suspect if one of its
-    numbers is even and above 4, or if one is even and they differ. 1×1 kernels need both. A kernel of
-    `Conv1D` has one axis of each kind, so both axes before the last must be large.
+    numbers is even and above 4, or if one is even, they differ and the first is at least 4. 1×1 kernels need
+    both. A kernel of `Conv1D` has one axis of each kind, so both axes before the last must be large.
     """
     shape = tuple(kernel_shape)
     rank = len(shape) - 2
@@ -126,7 +126,7 @@ def remark_on_order(kernel_shape: Sequence[int]) -> str | None:
         return None
     first = shape[:rank]
     is_large = any(n > 4 and n % 2 == 0 for n in first)
-    is_uneven = shape[0] != shape[1] and min(first[:2]) > 1 and any(n % 2 == 0 for n in first)
+    is_uneven = 4 <= shape[0] != shape[1] > 1 and any(n % 2 == 0 for n in first)
     if rank == 1:
         suspect = shape[-1] > 1 and shape[0] >= 16 and shape[0] % 2 == 0 and shape[1] >= 8
     elif shape[-1] == 1:
