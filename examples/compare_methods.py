@@ -288,7 +288,7 @@ def main():
     fine, coarse = look_steps(steps, 1.1), look_steps(steps // 8, 2.0)
     paper = PAPER[2:3] if options.quick else PAPER
     jobs = [("paper's kernels", *case, seed, steps, fine) for case in paper for seed in seeds]
-    others = other_kernels(2 if options.quick else 20)
+    others = other_kernels(1 if options.quick else 20)
     jobs += [("other kernels", *case, 1, steps // 2, fine) for case in others]
     if not options.quick:
         jobs += [("3×3×16×16, 32×32", *LARGE, seed, steps // 8, coarse) for seed in seeds]

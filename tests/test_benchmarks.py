@@ -14,14 +14,18 @@ pytestmark = pytest.mark.slow
     "script", ["closed_form.py", "descent.py", "spectrum.py", "overhead.py", "calls.py", "whole_models.py"]
 )
 def test_benchmark_prints_its_tables(script):
-    options = {"closed_form.py": ["--quick", "--largest", "64"], "calls.py": []}.get(script, ["--quick"])
+    options = {
+        "closed_form.py": ["--quick", "--largest", "64"],
+        "calls.py": [],
+        "overhead.py": ["--quick", "--networks", "ResNet50", "MobileNetV2"],
+    }.get(script, ["--quick"])
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), *options]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     titles = {
         "calls.py": ("calls", "attach_regularizers", "regularize_kernel"),
         "closed_form.py": ("3×3×16×16", "512×512"),
         "descent.py": ("3×3×6×3", "3×3×64×64"),
-        "overhead.py": ("ResNet50", "DenseNet121"),
+        "overhead.py": ("ResNet50", "MobileNetV2"),
         "whole_models.py": ("MobileNetV2", "96×96"),
         "spectrum.py": ("16×16", "regularized", "MB the whole process"),
     }
