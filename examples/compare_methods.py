@@ -285,7 +285,7 @@ def main():
     options, csv_file, figure_file = parse_options(parser, "compare_methods")
     seeds = range(1, 1 + (1 if options.quick else options.seeds))
     steps = 60 if options.quick else 2000
-    fine, coarse = look_steps(steps, 1.1), look_steps(steps // 8, 2.0)
+    fine, coarse = look_steps(steps, 2.0 if options.quick else 1.1), look_steps(steps // 8, 2.0)
     paper = PAPER[2:3] if options.quick else PAPER
     jobs = [("paper's kernels", *case, seed, steps, fine) for case in paper for seed in seeds]
     others = other_kernels(1 if options.quick else 20)

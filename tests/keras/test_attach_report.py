@@ -7,6 +7,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from small_models import named_model
 
 from tf_frobreg import ReshapedRegularizer, attach_regularizers
 
@@ -154,3 +155,51 @@ def test_a_factor_that_a_schedule_has_changed_is_shown():
     report = attach_regularizers(model, include="wide", existing="correct")
     assert "0.5 × 0.25" in str(report)
     assert report.records()[0]["scale"] == 0.25
+
+
+def test_what_is_kept_is_described():
+    model = named_model()
+    attach_regularizers(model, 7.0, 2.0, include="conv")
+    for existing in ("add", "keep", "correct"):
+        report = attach_regularizers(model, 5.0, include="conv", existing=existing)
+        assert report.kept["conv"].startswith("it has FrobeniusRegularizer already")
+        if existing == "add":
+            expected = 'with factor 7 instead of 5, α 2 instead of 1: existing="replace" takes the new one'
+            assert report.kept["conv"].endswith(expected)
+        (record,) = (record for record in report.records() if record["layer"] == "conv")
+        assert (record["status"], record["penalty"], record["factor"]) == ("kept", "frobenius", 7.0)
+        assert (record["alpha"], record["input_size"]) == (2.0, (9, 8))
+
+
+def test_a_report_detaches_its_own_penalty_from_a_sum():
+    model = named_model()
+    first = attach_regularizers(model, include="conv")
+    second = attach_regularizers(model, penalty="spectral", include="conv")
+    first.detach()
+    conv = model.get_layer("conv")
+    assert [type(part).__name__ for part in conv.kernel_regularizer.regularizers] == ["SpectralRegularizer"]
+    assert conv.kernel.regularizer is conv.kernel_regularizer
+    assert len(model.losses) == 1
+    second.detach()
+    assert conv.kernel_regularizer is None
+    assert not model.losses
+
+
+def test_sizes_of_the_building_are_noted():
+    class Own(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.conv = keras.layers.Conv2D(2, 3, name="conv")
+
+        def call(self, x):
+            return self.conv(x)
+
+    model = Own()
+    model(np.zeros((1, 9, 9, 1)))
+    model(np.zeros((1, 20, 20, 1)))
+    report = attach_regularizers(model)
+    assert report.attached["conv"].input_size == (9, 9)
+    assert "The image sizes are those for which the model was built" in str(report)
+    assert not attach_regularizers(model, input_size=20, existing="correct").notes
+    assert model.conv.kernel_regularizer.input_size == (20, 20)
+    assert not attach_regularizers(named_model()).notes

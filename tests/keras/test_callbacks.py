@@ -53,8 +53,8 @@ def test_epochs_without_a_measurement_are_nan():
     history = fit_epochs(penalised_model(), monitor, epochs=4)
     assert np.isfinite(history["conv/sigma_max"]).tolist() == [False, True, False, True]
     assert np.isfinite(history["sigma_max"]).tolist() == [False, True, False, True]
-    assert np.isnan(history["conv/sigma_min"]).all()
-    assert np.isnan(history["sigma_min"]).all()
+    assert np.isnan(monitor.history["conv/sigma_min"]).all()
+    assert np.isnan(monitor.history["sigma_min"]).all()
     assert monitor.history["epoch"].tolist() == [0, 2, 4]
 
 
@@ -376,7 +376,7 @@ def test_a_long_first_measurement_is_remarked(monkeypatch):
         fit_epochs(penalised_model(), SingularValueMonitor(), clock.passing(1.0), epochs=3)
     (message,) = (str(warning.message) for warning in caught)
     assert message.startswith("SingularValueMonitor measures 2 kernels. The first")
-    assert "A larger every, include=, sigma_min=False or a smaller max_seconds" in message
+    assert "To save time use a larger every, include=, sigma_min=False or a smaller" in message
 
 
 def test_a_large_share_is_remarked_once(monkeypatch):
@@ -522,3 +522,41 @@ def test_two_devices_have_the_losses_of_one():
     assert done.returncode == 0, done.stderr
     values = [float(text) for text in done.stdout.split("found")[1].split()]
     np.testing.assert_allclose(values[6:], values[:6], rtol=1e-5)
+
+
+class BuiltByItsFirstStep(keras.Model):
+    """`build` of this model creates no layer."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.parts = layers
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:`build\\(\\)` was called on layer")
+def test_layers_that_the_first_step_builds_are_measured():
+    model = BuiltByItsFirstStep([keras.layers.Conv2D(2, 3, name="conv")])
+    model.build((None, 6, 6, 1))
+    model.compile("sgd", "mse", run_eagerly=True)
+    monitor = SingularValueMonitor()
+    model.fit(np.ones((2, 6, 6, 1)), np.ones((2, 4, 4, 2)), verbose=0, epochs=2, callbacks=[monitor])
+    assert monitor.history["conv/sigma_max"][-1] > 0
+
+
+def test_a_model_without_kernels_is_remarked():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.LayerNormalization()])
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="SingularValueMonitor found no kernel that it can measure"):
+        model.fit(np.ones((2, 3)), np.ones((2, 3)), verbose=0, callbacks=[SingularValueMonitor()])
+
+
+def test_logs_hold_no_sigma_min_that_is_not_measured():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="top")])
+    model.compile("sgd", "mse")
+    monitor = SingularValueMonitor(sigma_min=False, per_kernel=True)
+    logs = model.fit(np.ones((2, 4)), np.ones((2, 2)), verbose=0, callbacks=[monitor]).history
+    assert list(logs) == ["loss", "sigma_max", "penalty", "top/sigma_max", "top/penalty"]

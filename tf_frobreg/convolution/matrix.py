@@ -155,8 +155,8 @@ def toeplitz_indices(
 
 def index_set(
     kernel_shape: Sequence[int] | Any,
-    input_size: Size | None,
-    entry: Sequence[int],
+    input_size: Size | None = None,
+    entry: Sequence[int] | None = None,
     *,
     layout: str = "channels_last",
     **geometry: Unpack[Geometry],
@@ -187,7 +187,7 @@ def index_set(
     index = toeplitz_indices(conv.kernel_shape, conv.input_size, layout=layout, **conv.geometry)
     shape = conv.kernel_shape
     try:
-        flat = np.ravel_multi_index(tuple(entry), shape)
+        flat = np.ravel_multi_index(tuple(entry or ()), shape)
     except (TypeError, ValueError):
         raise ValueError(
             f"entry must be an index into a kernel of shape {shape}. Received: entry={entry!r}"

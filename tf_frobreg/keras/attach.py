@@ -36,6 +36,10 @@ from tf_frobreg.tables import names_by_reason
 
 __all__ = ["attach_regularizers", "detach_regularizers"]
 
+OF_BUILDING = (
+    "The image sizes are those for which the model was built, because it has no inputs of its own. "
+    "input_size= sets others."
+)
 EXISTING = ("add", "replace", "keep", "correct")
 DEFAULT_ALPHA = 1.0
 DTYPES = ("float32", "float64")
@@ -72,8 +76,8 @@ def attach_regularizers(
 
     - A clone at another image size keeps the penalties of the old size. `existing="correct"` corrects them.
     - Compile a model again if it contains this one and has been trained already.
-    - A layer that is shared between images of different sizes is penalised for the first size. The report
-      lists the others. Two layers that share one variable get one penalty.
+    - A layer that is shared between images of different sizes is penalised for one of them. The report says
+      for which one, and lists the others. Two layers that share one variable get one penalty.
     - Functions that Keras has traced keep the values of `factor` and `alpha`. To change the weight during
       training use `FactorSchedule`.
     - The penalty of a frozen layer is zero until you unfreeze it, as with every Keras regularizer.
@@ -146,7 +150,7 @@ def attach_regularizers(
     values = _check_penalty(penalty, given)
     kernels, left_out = select_kernels(model, include, exclude, input_size)
     changes: list[Change] = []
-    report = AttachReport({}, left_out, {}, {}, {}, {}, model, changes)
+    report = AttachReport({}, left_out, {}, {}, {}, {}, [], model, changes, {})
     for kernel, own in zip(kernels, _overridden(values, overrides, kernels), strict=True):
         new = _build(penalty, kernel, own)  # also for kernels that are left out, to refuse invalid arguments
         if (reason := kernel.reason_to_skip(dtypes=DTYPES)) is not None:
@@ -168,6 +172,8 @@ def attach_regularizers(
         setattr(kernel.layer, kernel.regularizer, now)
         kernel.variable.regularizer = now
     forget_traces(model)
+    if any(kernel.of_building for kernel in kernels):
+        report.notes.append(OF_BUILDING)
     _add_remarks(report, changes, unsaved_kernels(model, changes), existing)
     return report
 
@@ -335,14 +341,14 @@ def _plan(
         what = differences(wrong[0], kernel.conv) if only else words
         report.remarks[name] = f'wrong geometry, {what}: existing="correct" corrects it'
     if stays and existing == "keep":
-        report.kept[name] = f"it has {label(before)} already"
+        report.keep(name, before, f"it has {label(before)} already")
         return None
     if stays:
-        report.kept[name] = f"it has {label(new)} already{_other_values(before, new)}"
+        report.keep(name, before, f"it has {label(new)} already{_other_values(before, new)}")
         return None
     if existing == "correct":
         if rest is before and _has_penalty(before):
-            report.kept[name] = f"it has {label(before)} already"
+            report.keep(name, before, f"it has {label(before)} already")
         elif rest is before:
             report.left_out[name] = "it has no penalty to correct"
         return rest if rest is not before else None

@@ -12,7 +12,7 @@ from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.read_layers import LayerKernel
 from tf_frobreg.keras.regularizer_base import Replacement, WeightedRegularizer, function_name
 from tf_frobreg.keras.regularizers import FrobeniusRegularizer, ReshapedRegularizer, SpectralRegularizer
-from tf_frobreg.keras.sum_regularizer import regularizer_parts
+from tf_frobreg.keras.sum_regularizer import SumRegularizer, regularizer_parts
 from tf_frobreg.tables import UNKNOWN, Report, Row, known_columns, names_by_reason
 
 __all__ = ["AttachReport"]
@@ -55,11 +55,12 @@ class AttachReport(Report):
             or replaced, other image sizes of a shared layer, whether the image size is that of an earlier
             call, whether a saved model lacks the penalty, what loading the penalty's function needs, and how
             an earlier penalty differs from the layer.
-        kept: Why some kernels keep the regularizer that they had and got no other, by their names. If the
-            values of an earlier penalty differ from the given ones, they are named.
+        kept: Why some kernels keep the regularizer that they had and got no other, by their names. With
+            `existing="add"` the values of an earlier penalty that differ from the given ones are named.
         corrected: Penalties with the layer's geometry that took the place of others, by the kernel's name.
             See `existing="correct"`.
         mismatched: How the geometry of an earlier penalty differs from the layer's, by the kernel's name.
+        notes: What concerns all kernels, for example where the image sizes come from.
 
     Example:
         >>> from tf_frobreg import attach_regularizers
@@ -93,44 +94,50 @@ class AttachReport(Report):
     kept: dict[str, str]
     corrected: dict[str, list[Any]]
     mismatched: dict[str, str]
+    notes: list[str]
     _model: keras.layers.Layer
     _changes: Sequence[Change]
+    _kept: dict[str, Any]  # the regularizer of each kernel in `kept`
+
+    def keep(self, name: str, regularizer: Any, reason: str) -> None:
+        """Notes that a kernel keeps its regularizer, and why."""
+        self.kept[name] = reason
+        self._kept[name] = regularizer
 
     def detach(self) -> None:
-        """Puts back the regularizers that were there before. What was set since then stays."""
+        """Puts back the regularizers that were there before. What was set or added since then stays."""
         for kernel, now in self._changes:
             now.detached = True
-            if getattr(kernel.layer, kernel.regularizer) is now:
-                setattr(kernel.layer, kernel.regularizer, _in_use(now, "replaced_in_layer"))
+            in_layer = getattr(kernel.layer, kernel.regularizer)
+            setattr(kernel.layer, kernel.regularizer, _without(in_layer, now, "replaced_in_layer"))
             for weight in kernel.layer.weights:  # with LoRA the two factors have the kernel's regularizer
-                if weight.regularizer is now:
-                    weight.regularizer = _in_use(now, "replaced")
+                weight.regularizer = _without(weight.regularizer, now, "replaced")
         forget_traces(self._model)
 
     def records(self) -> list[dict[str, Any]]:
         """Returns flat plain values: `pandas.DataFrame(report.records())` is a table.
 
         Returns:
-            One dict per penalty, then one for each kernel or layer without a new one. "status" is "attached",
-            "corrected", "kept" or "left out". What does not apply is None.
+            One dict per penalty: the new ones, then those that were kept. Then one for each kernel or layer
+            that was left out. "status" is "attached", "corrected", "kept" or "left out". What does not apply
+            is None.
         """
-        records = [
-            {
-                "layer": name,
-                "status": status,
-                "penalty": penalty_name(penalty),
-                **{key: getattr(penalty, key, None) for key in (*VALUES, *GEOMETRY)},
-                "remark": self.remarks.get(name),
-                "reason": None,
-            }
-            for name, status, penalty in self._penalties()
-        ]
-        for status, reasons in (("kept", self.kept), ("left out", self.left_out)):
-            for name, reason in reasons.items():
-                empty = dict.fromkeys(("penalty", *VALUES, *GEOMETRY))
-                remark = self.remarks.get(name)
-                records.append({"layer": name, "status": status, **empty, "remark": remark, "reason": reason})
-        return records
+        records = [self._record(*row) for row in self._penalties()]
+        for name, reason in self.kept.items():
+            for part in regularizer_parts(self._kept[name]):
+                records.append(self._record(name, "kept", part, reason))
+        return records + [self._record(name, "left out", None, why) for name, why in self.left_out.items()]
+
+    def _record(self, name: str, status: str, penalty: Any, reason: str | None = None) -> dict[str, Any]:
+        """Returns the record of one penalty, or of a kernel without one."""
+        return {
+            "layer": name,
+            "status": status,
+            "penalty": None if penalty is None else penalty_name(penalty),
+            **{key: getattr(penalty, key, None) for key in (*VALUES, *GEOMETRY)},
+            "remark": self.remarks.get(name),
+            "reason": reason,
+        }
 
     def __repr__(self) -> str:
         return f"AttachReport: {self._summary()}"
@@ -174,7 +181,17 @@ class AttachReport(Report):
         }
         below = [f"Kept: {names}: {reason}" for reason, names in names_by_reason(kept).items()]
         below += [f"Left out: {names}: {reason}" for reason, names in names_by_reason(self.left_out).items()]
-        return self._summary(), known_columns(rows), below
+        return self._summary(), known_columns(rows), below + self.notes
+
+
+def _without(regularizer: Any, now: Replacement, replaced: str) -> Any:
+    """Returns a regularizer without one that was detached, also if others have been added to that one."""
+    if isinstance(regularizer, SumRegularizer) and regularizer is not now:
+        parts = [_without(part, now, replaced) for part in regularizer.regularizers]
+        regularizer.regularizers = [part for part in parts if part is not None]
+        if not regularizer.regularizers:
+            return None
+    return _in_use(now, replaced) if regularizer is now else regularizer
 
 
 def _in_use(regularizer: Any, replaced: str) -> Any:
@@ -191,7 +208,7 @@ def forget_traces(model: keras.layers.Layer) -> None:
             setattr(model, name, None)
 
 
-def penalty_name(penalty: WeightedRegularizer) -> str:
+def penalty_name(penalty: Any) -> str:
     """Returns the name by which `attach_regularizers` takes a penalty, or the name of its function."""
     if isinstance(penalty, FunctionRegularizer):
         return function_name(penalty.function)

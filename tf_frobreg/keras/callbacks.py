@@ -19,6 +19,7 @@ from tf_frobreg.keras.trace import InputSize
 from tf_frobreg.keras.training_clock import TrainingClock
 from tf_frobreg.plotting.trainings import plot_gradient_norms, plot_training
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, report_kernel
+from tf_frobreg.tables import count
 
 __all__ = ["SingularValueMonitor"]
 
@@ -192,14 +193,18 @@ class SingularValueMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Finds the kernels."""
-        kernels = select_kernels(self.model, self.include, self.exclude, self.input_size).kernels
         if self._watched is not self.model:
             self._watch(self.model)
+        self._find_targets()
+        self._clock.start_fit()
+
+    def _find_targets(self) -> None:
+        """Finds the kernels. A model can have none before its first step, which builds its layers."""
+        kernels = select_kernels(self.model, self.include, self.exclude, self.input_size).kernels
         self._targets = [target_of(kernel, self.alpha) for kernel in kernels]
         self._alphas |= {target.kernel.name: target.alpha for target in self._targets}
         if not self._warned_of_geometry:
             self._warned_of_geometry = warn_of_geometry(self._targets)
-        self._clock.start_fit()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures before the first step."""
@@ -228,16 +233,25 @@ class SingularValueMonitor(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Stops the clock."""
         self._clock.end_fit()
+        if not self._targets:
+            warnings.warn(
+                "SingularValueMonitor found no kernel that it can measure. print(model_spectrum(model)) says "
+                "why.",
+                stacklevel=2,
+            )
 
     def _log(self, logs: dict[str, Any] | None, values: dict[str, float]) -> None:
         if logs is not None:
-            logs.update(
-                {name: value for name, value in values.items() if self.per_kernel or name in OF_THE_MODEL}
-            )
+            for name, value in values.items():
+                is_logged = self.per_kernel or name in OF_THE_MODEL
+                if is_logged and (self.sigma_min or not name.endswith("sigma_min")):
+                    logs[name] = value
 
     def _measure(self) -> "_Measurement":
         """Adds a row to the history and returns it."""
         start = time.perf_counter()
+        if not self._targets:
+            self._find_targets()
         oldest_first = {name: position for position, name in enumerate(self._latest)}
         measured: dict[str, _Found] = {}
         for target in sorted(self._targets, key=lambda target: oldest_first.get(target.kernel.name, -1)):
@@ -289,10 +303,10 @@ class SingularValueMonitor(keras.callbacks.Callback):
             self._warned_of_share = True
         else:
             return
-        count = len(self._targets)
+        ways = ["a larger every", "include=", *(["sigma_min=False"] if self.sigma_min else [])]
         warnings.warn(
-            f"SingularValueMonitor measures {count} kernel{'' if count == 1 else 's'}. {cost}. "
-            "A larger every, include=, sigma_min=False or a smaller max_seconds saves time.",
+            f"SingularValueMonitor measures {count(len(self._targets), 'kernel')}. {cost}. "
+            f"To save time use {', '.join(ways)} or a smaller max_seconds.",
             stacklevel=2,
         )
 

@@ -159,8 +159,8 @@ def remark_on_loading(function: Any) -> str:
             keras.saving.serialize_keras_object(function)
     except Exception:  # Keras raises many types
         return CANNOT_BE_SAVED
-    if name == "<lambda>":
-        return "loading needs safe_mode=False, because of the lambda"
+    if name == "<lambda>":  # Keras saves its code without the modules that it uses
+        return "loading needs safe_mode=False, because of the lambda, whose names are lost: use def"
     saved = function if inspect.isroutine(function) else type(function)  # an object is saved by its class
     is_registered = keras.saving.get_registered_name(saved) != saved.__name__
     return "" if is_registered else f'loading needs custom_objects={{"{name}": {name}}}'

@@ -113,6 +113,8 @@ def remark_on(kernel: LayerKernel) -> str | None:
     circular = isinstance(penalty, TakesGeometry) and penalty.padding == "circular"
     if circular and any(axis.span > 1 for axis in kernel.conv.axes):
         remarks.append("penalised without border (circular), measured with the layer's padding")
+    if mismatch := target_of(kernel, None).mismatch:
+        remarks.append(f"its penalty is for {mismatch}")
     if kernel.other_sizes:
         sizes = ["×".join(map(str, size)) for size in kernel.other_sizes]
         remarks.append(f"also applied to {enumeration(sizes)}")

@@ -37,9 +37,10 @@ class LayerKernel(NamedTuple):
         conv: How the layer applies the kernel.
         other_sizes: Other image sizes that a shared layer is applied to.
         is_recorded: Whether the size is that of an earlier call, because no call of the model reaches the
-            layer.
+            layer, or the model leaves its size open.
         shares: Name of an earlier kernel that is held in the same variable, or "".
         shares_geometry: Whether the layer applies the kernel as the layer of that earlier kernel does.
+        of_building: Whether the size is that for which a model without inputs of its own was built.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LayerKernel(NamedTuple):
     is_recorded: bool = False
     shares: str = ""
     shares_geometry: bool = True
+    of_building: bool = False
 
     @property
     def variable(self) -> Any:
@@ -180,7 +182,7 @@ def read_kernels(model: Any, input_size: InputSize | None = None) -> ModelKernel
             untreated.append(UntreatedLayer(name, layer, reason))
         elif not _children(layer):
             others[type(layer).__name__] += 1
-    _warn_of_recorded_sizes(kernels, trace.problem)
+    _warn_of_recorded_sizes(kernels, trace)
     return ModelKernels(kernels, untreated, dict(others), layers)
 
 
@@ -226,7 +228,9 @@ def _read_layer(
     other_sizes = tuple(other for other in sizes[1:] if None not in other) if given is None else ()
     # In the `build` of its model a layer has been built but never called. It has no other size.
     is_known = trace.problem is not None and not getattr(layer, "_called", True)
-    is_recorded = seen is None and given is None and sizes != [()] and not is_known
+    has_image = given is None and sizes != [()]
+    is_recorded = has_image and ((seen is None and not is_known) or trace.source == "call")
+    of_building = has_image and seen is not None and trace.source == "build"
     return [
         LayerKernel(
             f"{name}/{place.part}" if place.part else name,
@@ -236,6 +240,7 @@ def _read_layer(
             place.conv,
             other_sizes,
             is_recorded,
+            of_building=of_building,
         )
         for place in places
     ]
@@ -261,11 +266,13 @@ def _sizes_by_layer(
     return sizes
 
 
-def _warn_of_recorded_sizes(kernels: Sequence[LayerKernel], problem: str | None) -> None:
+def _warn_of_recorded_sizes(kernels: Sequence[LayerKernel], trace: Trace) -> None:
     """Warns if image sizes are those of earlier calls."""
     names = [kernel.name for kernel in kernels if kernel.is_recorded]
     if names:
-        cause = f"the model could not be followed ({problem})" if problem else "the model does not call them"
+        cause = "the model leaves it open" if trace.source == "call" else "the model does not call them"
+        if trace.problem:
+            cause = f"the model could not be followed ({trace.problem})"
         warnings.warn(
             f"The image size of {enumeration(names)} is that of an earlier call, because {cause}. "
             "input_size={name: size} sets it.",

@@ -24,11 +24,14 @@ class Trace(NamedTuple):
         shapes: The shapes of each layer's first input, in the order of the calls, by the layer's id.
         problem: Why the model could not be followed, or None.
         names: The names of the model's inputs.
+        source: Where the sizes come from: "own" for the model's own inputs or a given size, "call" for a call
+            of an open model in another model, "build" for what the model was built for.
     """
 
     shapes: dict[int, list[Shape]]
     problem: str | None
     names: tuple[str, ...]
+    source: str = "own"
 
 
 class _Call(NamedTuple):
@@ -89,6 +92,7 @@ def trace_model(
         ValueError: If `input_size` does not suit the model. The message says why.
     """
     own, used = _own_call(model), _calls_elsewhere(model)
+    source = "own" if own or getattr(model, "_inbound_nodes", None) else "build"
     names = tuple(dict.fromkeys(name for call in own or used for name in call.names))
     if isinstance(input_size, Mapping):
         given = {name: input_size[name] for name in names if name in input_size}
@@ -98,8 +102,10 @@ def trace_model(
     if given and input_size is not None:
         _check_changeable(model, own, input_size)
         calls = [calls[0].map(lambda name, tensor: _resized(model, name, tensor, given))]
+        source = "own"
     elif own and own[0].is_open:  # perhaps another model calls it on inputs of fixed size
         calls = [call for call in used if not call.is_open] or own
+        source = "call"
     if not calls and input_size is not None and not isinstance(input_size, Mapping):
         raise ValueError(
             "input_size needs a model whose inputs are known: call it once on an image, or give a dict of "
@@ -126,7 +132,7 @@ def trace_model(
             f"input_size must suit the model, which fails on such images ({problem}). "
             f"Received: input_size={reprlib.repr(input_size)}"
         )
-    return Trace(shapes, problem, names)
+    return Trace(shapes, problem, names, source)
 
 
 def _cause(error: Exception) -> str:

@@ -50,7 +50,7 @@ def model_spectrum(
     M is the transformation matrix of equations (2.1) and (3.1), without bias and activation. The M of a
     `Dense` layer is its kernel. The geometry (image size, strides, padding, dilation, groups, data format and
     kind) is read from each layer. A layer that is shared between images of different sizes is measured for
-    the first size.
+    one of them. The row says for which one, and `remark` lists the others.
 
     Args:
         model: A built Keras model or layer. Nested models and layers are measured too.
