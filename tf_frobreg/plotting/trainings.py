@@ -29,7 +29,7 @@ __all__ = ["plot_gradient_norms", "plot_training"]
 
 FEW_LINES = 8  # that colours tell apart
 FEW_MEASUREMENTS = 10  # whose colours are explained in a legend
-COLOUR_RANGE = (1.5, 100.0)  # least and greatest σ/√α at the end of the colours
+COLOUR_RANGE = (1.5, 1e4)  # least and greatest σ/√α at the end of the colours
 ROUNDING = 1e-9  # relative. The value at the end of the colours is not beyond them
 ROUND_DIGITS = ((1,), (1, 3), (1, 2, 5), (1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9))  # of ticks, the fewest first
 EXTEND = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
