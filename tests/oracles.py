@@ -2,6 +2,7 @@
 
 import itertools
 
+import keras
 import numpy as np
 
 
@@ -56,7 +57,7 @@ def impulse_matrix(layer, image, channels):
     """M of a built Keras layer without bias or activation, by one unit impulse per input entry."""
     size = int(np.prod(image)) * channels
     impulses = np.eye(size, dtype=layer.compute_dtype).reshape(size, *image, channels)
-    return np.asarray(layer(impulses)).reshape(size, -1).T
+    return keras.ops.convert_to_numpy(layer(impulses)).reshape(size, -1).T
 
 
 def printed_blocks(kernel, n):

@@ -140,14 +140,14 @@ def _contents_of_model(options: SpectrumOptions) -> _Contents:
 
 
 def _contents_of_arrays(arrays: Mapping[str, np.ndarray], options: SpectrumOptions) -> _Contents:
-    from tf_frobreg.convolution.kernel import as_kernel, remark_on_order
+    from tf_frobreg.convolution.kernel import known_values, remark_on_order
 
     kernels, untreated = [], []
     alpha = 1.0 if options.alpha is None else options.alpha
     input_size = size_of_images(options.input_size, options.file)
     for name, array in arrays.items():
         try:
-            kernel = as_kernel(array).numpy()
+            kernel = known_values(array)
             show_remark(name, remark_on_order(kernel.shape))
             if kernel.ndim == 2:  # a Dense layer has neither image nor geometry
                 conv = tf_frobreg.Convolution.of(kernel.shape, (), {})

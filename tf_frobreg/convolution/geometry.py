@@ -5,7 +5,6 @@ import math
 import reprlib
 from collections.abc import Sequence
 from functools import cached_property
-from types import ModuleType
 from typing import Any, Literal, Self, TypedDict
 
 import numpy as np
@@ -235,8 +234,8 @@ class Convolution:
             (*(a.output_size for a in self.axes), groups * h),
         )
 
-    def by_group(self, kernel: Any, xp: ModuleType) -> Any:
-        """Returns the kernel as `(*kernel_size, groups, g, h)`. `xp` is the array module, tf or np."""
+    def by_group(self, kernel: Any, xp: Any) -> Any:
+        """Returns the kernel as `(*kernel_size, groups, g, h)`. `xp` has `reshape` and `transpose`."""
         groups, g, h = self.blocks
         if groups == 1 or g == 1:
             return xp.reshape(kernel, (*self.kernel_size, groups, g, h))
@@ -244,7 +243,7 @@ class Convolution:
         split = xp.reshape(kernel, (*self.kernel_size, g, groups, h))
         return xp.transpose(split, (*range(rank), rank + 1, rank, rank + 2))
 
-    def from_groups(self, blocks: Any, xp: ModuleType) -> Any:
+    def from_groups(self, blocks: Any, xp: Any) -> Any:
         """Inverts `by_group`, for any shape of the spatial axes."""
         groups, g, h = self.blocks
         blocks = xp.reshape(blocks, (-1, groups, g, h))

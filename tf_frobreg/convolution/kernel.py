@@ -2,19 +2,84 @@
 
 import reprlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_frobreg.backends import dtype_of, is_known, to_array, to_tensor, to_tensorflow
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size, check_geometry
 from tf_frobreg.convolution.layer import SEPARABLE, KernelPlace, check_layer, read_layer
 
 
+def as_kernel(kernel: Any, *, check_finite: bool = True) -> Any:
+    """Returns `kernel` as a float tensor of Keras' backend, or raises an error that says what is wrong.
+
+    Args:
+        kernel: Array, tensor or variable.
+        check_finite: Whether to refuse NaN and infinity. Values are not known while a function is traced and
+            are not checked then.
+
+    Returns:
+        A tensor of dtype float32 or float64.
+
+    Raises:
+        TypeError: If `kernel` is not a dense array of float32 or float64.
+        ValueError: If `kernel` contains NaN or infinity.
+    """
+    return _convert(kernel, to_tensor, check_finite)
+
+
+def as_tensorflow_kernel(kernel: Any) -> tf.Tensor:
+    """Returns `as_kernel(kernel)` as a tensor of TensorFlow, whatever the backend of Keras is."""
+    value = kernel.value if isinstance(kernel, keras.Variable) else kernel
+    if not isinstance(value, (tf.Tensor, tf.Variable)) and not is_known(value):
+        raise TypeError(
+            "kernel must have known values, because TensorFlow computes this function. Call it outside of "
+            f"what JAX traces. Received: a {type(kernel).__name__}"
+        )
+    return _convert(kernel, to_tensorflow)
+
+
+def known_values(kernel: Any) -> np.ndarray:
+    """Returns `as_kernel(kernel)` as an array, or raises an error if its values are not known yet."""
+    value = kernel.value if isinstance(kernel, keras.Variable) else kernel
+    if not is_known(value):
+        raise TypeError(
+            "kernel must have known values: singular values cannot be computed while a function is traced. "
+            f"Call this function eagerly. Received: a {type(kernel).__name__}"
+        )
+    return _convert(kernel, to_array)
+
+
+def _convert(kernel: Any, convert: Callable[[Any], Any], check_finite: bool = True) -> Any:
+    """Returns the converted kernel, or raises an error that says what is wrong with it."""
+    try:
+        tensor = convert(kernel)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"kernel must be an array of float32 or float64. Received: a {type(kernel).__name__}"
+            + (f" of dtype {kernel.dtype}" if isinstance(kernel, np.ndarray) else "")
+        ) from error
+    if isinstance(tensor, (tf.SparseTensor, tf.IndexedSlices, tf.RaggedTensor)):
+        raise TypeError(f"kernel must be a dense array. Received: a {type(kernel).__name__}")
+    if str(dtype_of(tensor)) not in ("float32", "float64"):
+        raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={dtype_of(tensor)}")
+    if check_finite and is_known(tensor) and not np.isfinite(to_array(tensor)).all():
+        raise ValueError(
+            f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tuple(tensor.shape)}"
+        )
+    return tensor
+
+
 def kernel_and_convolution(
-    kernel: Any, input_size: Size | None, geometry: Geometry, *, known: bool = False
+    kernel: Any,
+    input_size: Size | None,
+    geometry: Geometry,
+    *,
+    convert: Callable[[Any], Any] = as_kernel,
 ) -> tuple[Any, Convolution]:
     """Returns the checked kernel and its geometry, from a kernel and its geometry or from a built layer.
 
@@ -25,16 +90,15 @@ def kernel_and_convolution(
         kernel: Array, tensor or variable, or a built Keras layer.
         input_size: Spatial size of the input. A layer can have recorded it, and a Dense kernel has none.
         geometry: The keyword arguments. For a layer only `padding` can be given.
-        known: Whether the values of the kernel must be known, that is, not inside a tf.function.
+        convert: What checks and converts the kernel: `as_kernel`, `as_tensorflow_kernel` or `known_values`.
 
     Returns:
-        (the kernel, its geometry). The kernel is a tensor, or an array if its values must be known.
+        (the kernel, its geometry).
 
     Raises:
         TypeError: If the kernel is not an array of floats, or an argument is missing or unknown.
         ValueError: If an argument is invalid.
     """
-    convert = known_values if known else as_kernel
     if isinstance(kernel, keras.layers.Layer):
         place = _place_in_layer(kernel, input_size, geometry)
         return convert(getattr(kernel, place.attribute)), place.conv
@@ -43,7 +107,7 @@ def kernel_and_convolution(
     return values, convolution_of(values.shape, input_size, geometry)
 
 
-def kernel_of(kernel: Any) -> tf.Tensor:
+def kernel_of(kernel: Any) -> Any:
     """Returns the checked kernel, from a kernel or from a built layer, for what needs no geometry.
 
     Raises:
@@ -140,46 +204,3 @@ def remark_on_order(kernel_shape: Sequence[int]) -> str | None:
         f"Keras' order is (*kernel_size, in_channels, filters): use "
         f"kernel.transpose{(*range(2, rank + 2), 1, 0)}."
     )
-
-
-def as_kernel(kernel: Any, *, check_finite: bool = True) -> tf.Tensor:
-    """Returns `kernel` as a float tensor, or raises an error that says what is wrong with it.
-
-    Args:
-        kernel: Array, tensor or variable.
-        check_finite: Whether to refuse NaN and infinity. Values are not known while a function is traced and
-            are not checked then.
-
-    Returns:
-        A tensor of dtype float32 or float64.
-
-    Raises:
-        TypeError: If `kernel` is not a dense array of float32 or float64.
-        ValueError: If `kernel` contains NaN or infinity.
-    """
-    try:
-        tensor = tf.convert_to_tensor(kernel)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"kernel must be an array of float32 or float64. Received: a {type(kernel).__name__}"
-            + (f" of dtype {kernel.dtype}" if isinstance(kernel, np.ndarray) else "")
-        ) from error
-    if not isinstance(tensor, tf.Tensor):
-        raise TypeError(f"kernel must be a dense array. Received: a {type(kernel).__name__}")
-    if tensor.dtype not in (tf.float32, tf.float64):
-        raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={tensor.dtype.name}")
-    if check_finite and tf.executing_eagerly() and not np.isfinite(tensor.numpy()).all():
-        raise ValueError(
-            f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tensor.shape}"
-        )
-    return tensor
-
-
-def known_values(kernel: Any) -> np.ndarray:
-    """Returns the values of a kernel as an array, or raises an error if they are not known yet."""
-    if not tf.executing_eagerly():
-        raise TypeError(
-            "kernel must have known values: singular values cannot be computed inside a tf.function. Call "
-            f"this function eagerly. Received: a {type(kernel).__name__}"
-        )
-    return as_kernel(kernel).numpy()

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tf_frobreg.checks import check_choice, check_memory
 from tf_frobreg.convolution.axis import Taps
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import convolution_of, kernel_and_convolution
+from tf_frobreg.convolution.kernel import as_tensorflow_kernel, convolution_of, kernel_and_convolution
 
 __all__ = ["ToeplitzIndices", "index_set", "toeplitz_indices", "transformation_matrix"]
 
@@ -84,7 +84,7 @@ def transformation_matrix(
         >>> print(penalty.numpy(), tape.gradient(penalty, kernel).numpy().ravel())
         6.0 [8. 8. 4.]
     """
-    kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, convert=as_tensorflow_kernel)
     index = toeplitz_indices(conv.kernel_shape, conv.input_size, layout=layout, **conv.geometry)
     values = tf.gather(tf.reshape(kernel, [-1]), index.kernel_index)
     # On an image smaller than the kernel, several "circular" taps share a position. Their values add up.

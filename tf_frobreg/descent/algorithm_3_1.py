@@ -12,7 +12,7 @@ import numpy as np
 
 from tf_frobreg.checks import check_choice, check_flag, check_integer, check_number
 from tf_frobreg.convolution.geometry import Geometry, Size
-from tf_frobreg.convolution.kernel import kernel_and_convolution
+from tf_frobreg.convolution.kernel import as_tensorflow_kernel, kernel_and_convolution
 from tf_frobreg.descent.escapes import Escape, EscapePlan
 from tf_frobreg.descent.step_rules import Point, State, StepRule, step_rule
 from tf_frobreg.descent.stopping import ConvergenceCheck
@@ -266,7 +266,9 @@ def regularize_kernel(
         raise TypeError(f"callback must be callable. Received: callback={reprlib.repr(callback)}")
     method, tape = _method_and_tape(method, gradient)
     before = kernel if isinstance(kernel, DescentResult) else None
-    kernel, conv = kernel_and_convolution(before.kernel if before else kernel, input_size, geometry)
+    kernel, conv = kernel_and_convolution(
+        before.kernel if before else kernel, input_size, geometry, convert=as_tensorflow_kernel
+    )
     penalty = FrobeniusPenalty(conv, alpha, method)
     escapes = before.escapes if before else ()
     plan = EscapePlan(penalty, tolerance, escapes) if check_flag("escape", escape) else None

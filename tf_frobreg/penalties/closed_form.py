@@ -11,12 +11,14 @@ optimum. MMᵀ has the same form with outputs in place of inputs. The code uses 
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tf_frobreg.backends import Operations, TensorFlowOperations, dtype_of, itemsize, operations_of
 from tf_frobreg.checks import check_memory
 from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution, Side
@@ -92,37 +94,34 @@ class ClosedForm:
     parts: tuple[Part, ...]
     other_rows: np.ndarray
 
-    def value(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
+    def value(self, kernel: Any, alpha: float) -> Any:
         """Returns ‖Gram − αI‖²_F, twice differentiable.
 
         It defines its own gradient, with fewer matrix products than automatic differentiation would take.
         """
+        ops = operations_of(kernel)
         if not self.parts:
-            return tf.reduce_sum(0.0 * kernel)
+            return ops.sum(0.0 * kernel)
 
-        @tf.custom_gradient
-        def penalty(kernel: tf.Tensor) -> tuple:
-            taps, residuals = self._residuals(kernel, alpha)
+        def value_and_gradient(kernel: Any) -> tuple[Any, Callable[[], Any]]:
+            taps, residuals = self._residuals(kernel, alpha, ops)
+            return _half_squares(residuals, ops), lambda: self._gradient(taps, residuals, ops)
 
-            def first_order(upstream: tf.Tensor) -> tf.Tensor:
-                return upstream * self._differentiable_gradient(kernel, alpha, taps, residuals)
+        return ops.with_gradient(value_and_gradient, kernel)
 
-            return _half_squares(residuals), first_order
-
-        return penalty(kernel)
-
-    def value_and_gradient(self, kernel: tf.Tensor, alpha: float) -> tuple[tf.Tensor, tf.Tensor]:
+    def value_and_gradient(self, kernel: Any, alpha: float) -> tuple[Any, Any]:
         """Returns ‖Gram − αI‖²_F and its derivative in the kernel."""
+        ops = operations_of(kernel)
         if not self.parts:
-            return tf.zeros((), kernel.dtype), tf.zeros_like(kernel)
-        taps, residuals = self._residuals(kernel, alpha)
-        return _half_squares(residuals), self._gradient(taps, residuals)
+            return ops.sum(0.0 * kernel), 0.0 * kernel
+        taps, residuals = self._residuals(kernel, alpha, ops)
+        return _half_squares(residuals, ops), self._gradient(taps, residuals, ops)
 
     def value_by_group(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
         """Returns the part of `value` that each group of the convolution adds, `(groups,)`."""
         if not self.parts:
             return tf.zeros(self.conv.blocks[0], kernel.dtype)
-        _, residuals = self._residuals(kernel, alpha)
+        _, residuals = self._residuals(kernel, alpha, TensorFlowOperations)
         return tf.add_n([0.5 * tf.reduce_sum(residual**2, axis=(0, 2, 3)) for residual in residuals])
 
     def deviation_bound(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
@@ -133,7 +132,7 @@ class ClosedForm:
         """
         if not self.parts:
             return tf.zeros((), tf.float64)
-        _, residuals = self._residuals(kernel, alpha)
+        _, residuals = self._residuals(kernel, alpha, TensorFlowOperations)
         sums = []  # of each part: (rows of the first axis, rows of the others, groups)
         for part, residual in zip(self.parts, residuals, strict=True):
             blocks = tf.cast(residual, tf.float64) / part.weights[:, None, None, None]
@@ -153,102 +152,82 @@ class ClosedForm:
         """
         if not self.parts:
             return [tf.zeros((), kernel.dtype)] * 4
-        taps, zeroth = self._residuals(kernel, alpha)
-        blocks = self._blocks(direction)
+        ops = TensorFlowOperations
+        taps, zeroth = self._residuals(kernel, alpha, ops)
+        blocks = self._blocks(direction, ops)
         coefficients = []  # of each part
         for part, (left, right), e0 in zip(self.parts, taps, zeroth, strict=True):
-            new_left, new_right = (_take(blocks, ends) for ends in part.pairs.T)
+            new_left, new_right = (_take(blocks, ends, ops) for ends in part.pairs.T)
             # K Dᵀ + D Kᵀ in one product, with the factors side by side
-            e1 = _class_sums(part, tf.concat([left, new_left], -1), tf.concat([new_right, right], -1))
-            e2 = _class_sums(part, new_left, new_right)
+            e1 = _class_sums(part, tf.concat([left, new_left], -1), tf.concat([new_right, right], -1), ops)
+            e2 = _class_sums(part, new_left, new_right, ops)
             coefficients.append(
                 (_inner(e0, e1), tf.nn.l2_loss(e1) + _inner(e0, e2), _inner(e1, e2), tf.nn.l2_loss(e2))
             )
         return [tf.add_n(terms) for terms in zip(*coefficients, strict=True)]
 
-    def _blocks(self, kernel: tf.Tensor) -> tf.Tensor:
+    def _blocks(self, kernel: Any, ops: Operations) -> Any:
         """Returns the taps as (first axis, other axes, groups, g, h). Gram has blocks of g × g."""
-        blocks = self.conv.by_group(kernel, tf)
+        blocks = self.conv.by_group(kernel, ops)
         if self.side == "output":
-            blocks = tf.linalg.matrix_transpose(blocks)
-        return tf.reshape(blocks, (self._first_size, -1, *blocks.shape[-3:]))
+            blocks = ops.swap_last_axes(blocks)
+        return ops.reshape(blocks, (self._first_size, -1, *blocks.shape[-3:]))
 
     def _residuals(
-        self, kernel: tf.Tensor, alpha: float
-    ) -> tuple[list[tuple[tf.Tensor, tf.Tensor]], list[tf.Tensor]]:
+        self, kernel: Any, alpha: float, ops: Operations
+    ) -> tuple[list[tuple[Any, Any]], list[Any]]:
         """Returns the taps of each part's pairs, and the residual √(2n)·(Gram − αI) of each part.
 
         The taps are K[p] and K[r], each `(pairs, other axes, groups, g, h)`. The residual has one block per
         class, `(classes, groups, g, g)`.
         """
-        blocks = self._blocks(kernel)
+        blocks = self._blocks(kernel, ops)
         _, rest, groups, g, _ = blocks.shape
         count = sum(len(part.pairs) for part in self.parts) * rest**2
         check_memory(
-            BLOCK_COPIES * kernel.dtype.size * count * groups * g**2,
+            BLOCK_COPIES * itemsize(kernel) * count * groups * g**2,
             f"the closed form of a kernel of shape {self.conv.kernel_shape} has {count:,} blocks",
             "a smaller kernel, or no penalty on this layer",
         )
         taps, residuals = [], []
         for part in self.parts:
-            left, right = (_take(blocks, ends) for ends in part.pairs.T)
-            residual = _class_sums(part, left, right)
+            left, right = (_take(blocks, ends, ops) for ends in part.pairs.T)
+            residual = _class_sums(part, left, right, ops)
             if part.target is not None:
-                target = alpha * _constant(part.target[:, None, None], kernel)
-                residual = tf.linalg.set_diag(residual, tf.linalg.diag_part(residual) - target)
+                target = alpha * ops.constant(part.target[:, None, None], kernel)
+                residual = ops.subtract_from_diagonal(residual, target)
             taps.append((left, right))
             residuals.append(residual)
         return taps, residuals
 
-    def _gradient(self, taps: list[tuple[tf.Tensor, tf.Tensor]], residuals: list[tf.Tensor]) -> tf.Tensor:
+    def _gradient(self, taps: list[tuple[Any, Any]], residuals: list[Any], ops: Operations) -> Any:
         """Returns the derivative of `_half_squares(residuals)` in the kernel.
 
         A pair (p, r) adds F K[r] to the gradient at p, and Fᵀ K[p] to the gradient at r. F is the weighted
         sum of the residuals of all classes that contain the pair.
         """
-        addends: list[list[tf.Tensor]] = [[] for _ in range(self._first_size)]  # by tap of the first axis
+        addends: list[list[Any]] = [[] for _ in range(self._first_size)]  # by tap of the first axis
         for part, (left, right), residual in zip(self.parts, taps, residuals, strict=True):
             count, rest, groups, g, h = left.shape
             # The part on the diagonal contains (r, p) with each (p, r). Both products have the same sum, so
             # twice the first one suffices.
             scale = 1.0 if part.target is None else 2.0
             weights = [scale * part.members[0].T, *(m.T for m in part.members[1:])]
-            factors = tf.reshape(_apply_kronecker(weights, residual), (count, rest, rest, groups, g, g))
+            factors = _apply_kronecker(weights, residual, ops)
+            factors = ops.reshape(factors, (count, rest, rest, groups, g, g))
             ends = [(part.pairs[:, 0], (0, 3, 1, 4, 2, 5), right)]
             if part.target is None:
                 ends.append((part.pairs[:, 1], (0, 3, 2, 5, 1, 4), left))
             for indices, order, other in ends:
-                products = tf.unstack(_multiply(tf.transpose(factors, order), other))
+                products = ops.unstack(_multiply(ops.transpose(factors, order), other, ops))
                 for index, product in zip(indices, products, strict=True):
                     addends[index].append(product)
-        unused = tf.zeros((groups, rest * g, h), residual.dtype)  # for taps that never meet the image
-        # The order in which tf.add_n adds depends on timing, and so would the last digit.
-        total = tf.stack([tf.reduce_sum(products, axis=0) if products else unused for products in addends])
-        total = tf.transpose(tf.reshape(total, (len(addends), groups, rest, g, h)), (0, 2, 1, 3, 4))
+        unused = ops.zeros((groups, rest * g, h), dtype_of(residual))  # for taps that never meet the image
+        total = ops.stack([ops.add_in_order(products) if products else unused for products in addends])
+        total = ops.transpose(ops.reshape(total, (len(addends), groups, rest, g, h)), (0, 2, 1, 3, 4))
         if self.side == "output":
-            total = tf.linalg.matrix_transpose(total)
-        return self.conv.from_groups(total, tf)
-
-    def _differentiable_gradient(
-        self,
-        kernel: tf.Tensor,
-        alpha: float,
-        taps: list[tuple[tf.Tensor, tf.Tensor]],
-        residuals: list[tf.Tensor],
-    ) -> tf.Tensor:
-        """Returns `_gradient(taps, residuals)`, which a tape can differentiate again."""
-
-        @tf.custom_gradient
-        def gradient(kernel: tf.Tensor) -> tuple:
-            def hessian_vector_product(direction: tf.Tensor) -> tf.Tensor:
-                with tf.GradientTape() as tape:  # rarely needed, so left to automatic differentiation
-                    tape.watch(kernel)
-                    _, again = self.value_and_gradient(kernel, alpha)
-                return tape.gradient(again, kernel, output_gradients=direction)
-
-            return self._gradient(taps, residuals), hessian_vector_product
-
-        return gradient(kernel)
+            total = ops.swap_last_axes(total)
+        return self.conv.from_groups(total, ops)
 
     @property
     def _first_size(self) -> int:
@@ -297,14 +276,14 @@ def _kronecker(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return product
 
 
-def _class_sums(part: Part, left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+def _class_sums(part: Part, left: Any, right: Any, ops: Operations) -> Any:
     """Returns √(2n) Σ left[p, q] right[r, s]ᵀ over the pairs of each class, (classes, groups, g, g)."""
     left, right = left[:, :, None], right[:, None]
     if left.shape[-2] == 1:  # depthwise: many products of single numbers, which matmul multiplies slowly
-        products = tf.reduce_sum(left * right, axis=-1, keepdims=True)
+        products = ops.sum(left * right, axis=-1, keepdims=True)
     else:
-        products = tf.matmul(left, right, transpose_b=True)
-    return tf.reshape(_apply_kronecker(part.members, products), (-1, *products.shape[-3:]))
+        products = ops.matmul_transposed(left, right)
+    return ops.reshape(_apply_kronecker(part.members, products, ops), (-1, *products.shape[-3:]))
 
 
 def _inner(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
@@ -312,38 +291,33 @@ def _inner(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(left * right)
 
 
-def _half_squares(residuals: Sequence[tf.Tensor]) -> tf.Tensor:
+def _half_squares(residuals: Sequence[Any], ops: Operations) -> Any:
     """Returns ½ Σ residual². A sum of squares is never negative."""
-    return tf.add_n([tf.nn.l2_loss(residual) for residual in residuals])
+    return ops.add([ops.half_square(residual) for residual in residuals])
 
 
-def _apply_kronecker(matrices: Sequence[np.ndarray], blocks: tf.Tensor) -> tf.Tensor:
+def _apply_kronecker(matrices: Sequence[np.ndarray], blocks: Any, ops: Operations) -> Any:
     """Applies the Kronecker product of one or two matrices to the leading axes of `blocks`."""
     for number, matrix in enumerate(matrices):
         done = math.prod(m.shape[0] for m in matrices[:number])
-        blocks = tf.reshape(blocks, (done, matrix.shape[1], -1) if number else (matrix.shape[1], -1))
-        blocks = tf.matmul(_constant(matrix, blocks), blocks)
+        blocks = ops.reshape(blocks, (done, matrix.shape[1], -1) if number else (matrix.shape[1], -1))
+        blocks = ops.matmul(ops.constant(matrix, blocks), blocks)
     return blocks
 
 
-def _multiply(factors: tf.Tensor, taps: tf.Tensor) -> tf.Tensor:
+def _multiply(factors: Any, taps: Any, ops: Operations) -> Any:
     """Returns factors (pairs, groups, q, g, s, g) times taps (pairs, s, groups, g, h).
 
     The result has the shape (pairs, groups, q·g, h).
     """
     count, groups, rest, g = factors.shape[:4]
-    taps = tf.reshape(tf.transpose(taps, (0, 2, 1, 3, 4)), (count, groups, rest * g, -1))
-    return tf.matmul(tf.reshape(factors, (count, groups, rest * g, rest * g)), taps)
+    taps = ops.reshape(ops.transpose(taps, (0, 2, 1, 3, 4)), (count, groups, rest * g, -1))
+    return ops.matmul(ops.reshape(factors, (count, groups, rest * g, rest * g)), taps)
 
 
-def _take(blocks: tf.Tensor, indices: np.ndarray) -> tf.Tensor:
+def _take(blocks: Any, indices: np.ndarray, ops: Operations) -> Any:
     """Returns the blocks at the indices. Consecutive ones are a slice, which copies nothing."""
     start, stop = int(indices[0]), int(indices[0]) + len(indices)
     if np.array_equal(indices, np.arange(start, stop)):
         return blocks[start:stop]
-    return tf.gather(blocks, indices)
-
-
-def _constant(values: np.ndarray, like: tf.Tensor) -> tf.Tensor:
-    """Returns a constant of the dtype of `like`."""
-    return tf.constant(values.astype(like.dtype.as_numpy_dtype))
+    return ops.take(blocks, indices)

@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import tensorflow as tf
 
+from tf_frobreg.backends import check_tensorflow
 from tf_frobreg.checks import check_choice, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import convolution_of, kernel_and_convolution
@@ -54,13 +55,14 @@ class FrobeniusPenalty:
         # α² can be infinite, and 0·∞ is NaN.
         return missing * self.alpha * self.alpha if missing else 0.0
 
-    def value(self, kernel: tf.Tensor) -> tf.Tensor:
+    def value(self, kernel: Any) -> Any:
         """Returns R_α."""
         if self.method == "sparse":
+            check_tensorflow('method="sparse"', kernel)
             return explicit_form.penalty(kernel, self.conv, self.alpha)
         return self.excess(kernel) + self.floor
 
-    def excess(self, kernel: tf.Tensor) -> tf.Tensor:
+    def excess(self, kernel: Any) -> Any:
         """Returns R_α − floor."""
         if self.method == "sparse":
             return self.value(kernel) - self.floor
@@ -74,9 +76,10 @@ class FrobeniusPenalty:
         """Returns an upper bound on |σ² − α| for all σ that count in the excess, by the closed form."""
         return self._closed_form.deviation_bound(kernel, self.alpha)
 
-    def excess_and_gradient(self, kernel: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def excess_and_gradient(self, kernel: Any) -> tuple[Any, Any]:
         """Returns (R_α − floor, ∂R_α/∂K), computed without a tape."""
         if self.method == "sparse":
+            check_tensorflow('method="sparse"', kernel)
             penalty, gradient = explicit_form.penalty_and_gradient(kernel, self.conv, self.alpha)
             return penalty - self.floor, gradient
         return self._closed_form.value_and_gradient(kernel, self.alpha)
@@ -93,7 +96,7 @@ def frobenius_penalty(
     alpha: float = 1.0,
     method: str = "closed_form",
     **geometry: Unpack[Geometry],
-) -> tf.Tensor:
+) -> Any:
     """Returns the paper's penalty R_α(K) = ‖MᵀM − αI‖²_F, with M the matrix of equations (2.1) and (3.1).
 
     In terms of the singular values σ of M, R_α = Σ (σ² − α)². The sum has one term per column of M, with
@@ -105,13 +108,14 @@ def frobenius_penalty(
             or a built Keras layer.
         input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         alpha: α, the target of σ². Positive.
-        method: "closed_form" costs the same for every image size. "sparse" forms M and needs memory for it
-            as a dense matrix. Both are exact.
+        method: "closed_form" costs the same for every image size. "sparse" forms M, with TensorFlow as the
+            backend of Keras, and needs memory for it as a dense matrix. Both are exact.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
 
     Returns:
-        A scalar tensor of the kernel's dtype, in units of σ⁴. It is twice differentiable in `kernel`.
+        A scalar tensor of Keras' backend with the kernel's dtype, in units of σ⁴. It is twice differentiable
+        in `kernel`. Under JAX that holds for `jax.grad` and `jax.hessian`, not for `jax.jvp`.
 
     Raises:
         ValueError: If an argument is invalid, or if the computation does not fit in memory. The message
@@ -143,7 +147,7 @@ def frobenius_gradient(
     alpha: float = 1.0,
     method: str = "closed_form",
     **geometry: Unpack[Geometry],
-) -> tf.Tensor:
+) -> Any:
     r"""Returns the gradient ∂R_α/∂K, which is twice the G of the paper's equation (3.2).
 
     With `method="sparse"` it is computed as Theorem 3.1 states it, from explicit M and Ω:
@@ -155,7 +159,8 @@ def frobenius_gradient(
             or a built Keras layer.
         input_size: Spatial size of the input image, an int or one int per axis. A layer may know its own.
         alpha: α, the target of σ². Positive.
-        method: "closed_form" costs the same for every image size. "sparse" forms M as a dense matrix.
+        method: "closed_form" costs the same for every image size. "sparse" forms M as a dense matrix, with
+            TensorFlow as the backend of Keras.
         **geometry: `strides`, `padding`, `dilation_rate`, `groups` and `kind`, as for
             `tf_frobreg.Convolution`.
 
@@ -228,7 +233,7 @@ def penalty_floor(
 
 def penalty_excess(
     kernel: Any, input_size: Size | None = None, *, alpha: float = 1.0, **geometry: Unpack[Geometry]
-) -> tf.Tensor:
+) -> Any:
     """Returns R_α(K) − `penalty_floor`, the part of the penalty that depends on the kernel.
 
     This is Σ (σ² − α)² over the largest σ only, as many as the bound on the rank of M allows. The closed form

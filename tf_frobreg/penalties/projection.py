@@ -3,10 +3,12 @@
 import reprlib
 from typing import Any, Unpack
 
+import keras
 import numpy as np
-import tensorflow as tf
 
+from tf_frobreg.backends import KerasOperations, dtype_of, itemsize
 from tf_frobreg.checks import check_number
+from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import kernel_and_convolution
 
@@ -20,7 +22,7 @@ def clip_singular_values(
     low: float = 0.0,
     high: float = 1.0,
     **geometry: Unpack[Geometry],
-) -> tf.Tensor:
+) -> Any:
     """Returns the kernel with the singular values of its border-free operator clipped to [low, high].
 
     This is the projection of H. Sedghi, V. Gupta and P. Long, "The singular values of convolutional layers"
@@ -62,41 +64,52 @@ def clip_singular_values(
     return clip(kernel, conv, low, high)
 
 
-def clip(kernel: tf.Tensor, conv: Convolution, low: float, high: float) -> tf.Tensor:
+def clip(kernel: Any, conv: Convolution, low: float, high: float) -> Any:
     """Returns `clip_singular_values` of checked arguments, except that it checks `conv`."""
     _check_operator(conv)
-    blocks = conv.by_group(kernel, tf)  # (*kernel_size, groups, g, h)
     rank = len(conv.kernel_size)
-    # The transforms act on the last axes.
-    taps = tf.transpose(blocks, (rank, rank + 1, rank + 2, *range(rank)))
-    spread = _dilate(taps, conv)
-    sizes = [axis.input_size for axis in conv.axes]
+    spectrum = keras.ops.cast(conv.by_group(kernel, KerasOperations), f"complex{16 * itemsize(kernel)}")
     # The position of the taps changes only the phase of each frequency, and no singular value.
-    spectrum = _FORWARD[rank](spread, sizes) if rank else taps
-    matrices = tf.transpose(spectrum, (*range(3, 3 + rank), 0, 1, 2))
-    sigma, left, right = tf.linalg.svd(matrices)
-    sigma = tf.cast(tf.clip_by_value(sigma, low, high), left.dtype)
-    clipped = tf.matmul(left * sigma[..., None, :], right, adjoint_b=True)
-    clipped = tf.transpose(clipped, (rank, rank + 1, rank + 2, *range(rank)))
-    image = _BACK[rank](clipped, sizes) if rank else clipped
-    kept = image[(..., *(slice(0, a.span, a.dilation) for a in conv.axes))]
-    return conv.from_groups(tf.transpose(kept, (*range(3, 3 + rank), 0, 1, 2)), tf)
+    for number, axis in enumerate(conv.axes):
+        phases = _fourier(axis, half=number == rank - 1)
+        spectrum = _along(number, phases, spectrum)
+    left, sigma, right = keras.ops.svd(spectrum, full_matrices=False)  # (*frequencies, groups, ·, ·)
+    bounds = (keras.ops.full_like(sigma, low), keras.ops.full_like(sigma, high))
+    sigma = keras.ops.cast(keras.ops.clip(sigma, *bounds), dtype_of(left))
+    # keras.ops.matmul would round complex128 to complex64.
+    taps = (left * sigma[..., None, :]) @ right
+    for number, axis in enumerate(conv.axes):
+        taps = _along(number, _inverse_fourier(axis, half=number == rank - 1), taps)
+    return conv.from_groups(keras.ops.real(taps), KerasOperations)
 
 
-# By the number of spatial axes. The images are real, so half of the frequencies suffice.
-_FORWARD = {1: tf.signal.rfft, 2: tf.signal.rfft2d, 3: tf.signal.rfft3d}
-_BACK = {1: tf.signal.irfft, 2: tf.signal.irfft2d, 3: tf.signal.irfft3d}
+def _fourier(axis: Axis, *, half: bool) -> np.ndarray:
+    """Returns the transform from the taps of an axis to its frequencies, `(frequencies, taps)`.
+
+    The taps are real, so half of the frequencies suffice on one axis.
+    """
+    frequencies = np.arange(axis.input_size // 2 + 1 if half else axis.input_size)
+    places = np.arange(0, axis.span, axis.dilation)
+    return np.exp(-2j * np.pi / axis.input_size * np.outer(frequencies, places))
 
 
-def _dilate(taps: tf.Tensor, conv: Convolution) -> tf.Tensor:
-    """Puts zeros between the taps of a dilated kernel."""
-    for number, axis in enumerate(conv.axes, start=3):
-        if axis.dilation > 1:
-            places = tf.one_hot(range(0, axis.span, axis.dilation), axis.span, dtype=taps.dtype)
-            taps = tf.tensordot(taps, places, ((number,), (0,)))
-            last = taps.shape.rank - 1
-            taps = tf.transpose(taps, (*range(number), last, *range(number, last)))
-    return taps
+def _inverse_fourier(axis: Axis, *, half: bool) -> np.ndarray:
+    """Returns the transform from the frequencies to the taps, `(taps, frequencies)`.
+
+    It leaves out the rest of the image. With half of the frequencies the real part of the result counts.
+    """
+    inverse = _fourier(axis, half=half).conj().T / axis.input_size
+    if half:  # each frequency also stands for its conjugate, except those that are their own
+        own = np.arange(inverse.shape[1]) * 2 % axis.input_size == 0
+        inverse *= np.where(own, 1, 2)
+    return inverse
+
+
+def _along(axis: int, matrix: np.ndarray, tensor: Any) -> Any:
+    """Returns the matrix times the tensor along an axis."""
+    first = keras.ops.moveaxis(tensor, axis, 0)
+    product = KerasOperations.constant(matrix, tensor) @ keras.ops.reshape(first, (matrix.shape[1], -1))
+    return keras.ops.moveaxis(keras.ops.reshape(product, (-1, *first.shape[1:])), 0, axis)
 
 
 def check_interval(low: Any, high: Any) -> tuple[float, float]:

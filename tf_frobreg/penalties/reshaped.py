@@ -3,15 +3,16 @@
 import math
 from typing import Any
 
-import tensorflow as tf
+import keras
 
+from tf_frobreg.backends import dtype_of
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution.kernel import kernel_of
 
 __all__ = ["reshaped_penalty"]
 
 
-def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> tf.Tensor:
+def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> Any:
     """Returns ‖WᵀW − αI‖²_F, with W the h × (g·k·k) matrix reshaped from the kernel.
 
     The papers cited as [1, 3, 11, 17] in Guo's paper constrain a convolution through W ("soft
@@ -45,16 +46,18 @@ def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> tf.Tensor:
     return evaluate_reshaped(kernel_of(kernel), alpha)
 
 
-def evaluate_reshaped(kernel: tf.Tensor, alpha: float) -> tf.Tensor:
+def evaluate_reshaped(kernel: Any, alpha: float) -> Any:
     """Returns `reshaped_penalty` of checked arguments, except that it checks the kernel's shape."""
-    if kernel.shape.rank is None or kernel.shape.rank < 2 or None in kernel.shape:
+    rank_is_known = getattr(kernel.shape, "rank", 0) is not None
+    if not rank_is_known or len(kernel.shape) < 2 or None in tuple(kernel.shape):
         raise ValueError(
             "kernel must have a known shape, (*kernel_size, in_channels, filters). "
             f"Received: kernel.shape={kernel.shape}"
         )
     filters, rest = kernel.shape[-1], math.prod(kernel.shape[:-1])
-    matrix = tf.reshape(kernel, (rest, filters))  # Wᵀ
-    gram = tf.matmul(matrix, matrix, transpose_a=filters <= rest, transpose_b=filters > rest)
-    residual = tf.linalg.set_diag(gram, tf.linalg.diag_part(gram) - alpha)
+    matrix = keras.ops.reshape(kernel, (rest, filters))  # Wᵀ
+    transposed = keras.ops.transpose(matrix)
+    gram = transposed @ matrix if filters <= rest else matrix @ transposed
+    residual = gram - alpha * keras.ops.eye(gram.shape[0], dtype=dtype_of(kernel))
     # WᵀW has rest − filters zero eigenvalues that the smaller WWᵀ lacks.
-    return tf.reduce_sum(residual**2) + alpha * alpha * max(0, rest - filters)
+    return keras.ops.sum(residual**2) + alpha * alpha * max(0, rest - filters)

@@ -4,8 +4,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, Unpack
 
-import tensorflow as tf
+import keras
+import numpy as np
 
+from tf_frobreg.backends import compiled, dtype_of
 from tf_frobreg.checks import check_choice, check_integer, check_number
 from tf_frobreg.convolution.apply import apply, apply_adjoint
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
@@ -24,7 +26,7 @@ def spectral_penalty(
     gram: str = "columns",
     power_steps: int = 200,
     **geometry: Unpack[Geometry],
-) -> tf.Tensor:
+) -> Any:
     """Returns the 2-norm penalty ‖MᵀM − αI‖₂ = max |σ² − α|, estimated from below.
 
     This is the penalty of P.-C. Guo and Q. Ye (arXiv:1906.04866), reference [7] of the paper. Only the σ with
@@ -71,13 +73,13 @@ def spectral_penalty(
     alpha = check_number("alpha", alpha, exclusive=True)
     steps = check_integer("power_steps", power_steps)
     kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
-    start = start_vector(conv, check_gram(gram), kernel.dtype)
-    return _traced(conv, alpha, gram, steps)(kernel, start)[0]
+    start = keras.ops.convert_to_tensor(start_vector(conv, check_gram(gram), dtype_of(kernel)))
+    return _compiled(conv, alpha, gram, steps)(kernel, start)[0]
 
 
 def power_iteration(
-    kernel: tf.Tensor, vector: tf.Tensor, conv: Convolution, alpha: float, gram: str, steps: int
-) -> tuple[tf.Tensor, tf.Tensor]:
+    kernel: Any, vector: Any, conv: Convolution, alpha: float, gram: str, steps: int
+) -> tuple[Any, Any]:
     """Returns an estimate of the penalty, and the vector after the power steps.
 
     Args:
@@ -93,38 +95,44 @@ def power_iteration(
     """
     ahead, back = (apply_adjoint, apply) if _uses_mmt(conv, gram) else (apply, apply_adjoint)
     # The squares of large kernel entries overflow long before the penalty does.
-    scale = tf.maximum(tf.stop_gradient(tf.reduce_max(tf.abs(kernel))), 1.0)
+    largest = keras.ops.stop_gradient(keras.ops.max(keras.ops.abs(kernel)))
+    scale = keras.ops.where(largest > 1, largest, keras.ops.ones_like(largest))
     kernel, target = kernel / scale, alpha / scale**2
-    fixed = tf.stop_gradient(kernel)
+    fixed = keras.ops.stop_gradient(kernel)
 
-    def step(number: tf.Tensor, _: tf.Tensor, right: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        image = back(fixed, ahead(fixed, right, conv), conv) - target * right
-        norm = tf.norm(image)
+    def step(_: Any, vectors: tuple[Any, Any]) -> tuple[Any, Any]:
+        right = vectors[1]
+        # Without its history: PyTorch would keep that of every step.
+        image = keras.ops.stop_gradient(back(fixed, ahead(fixed, right, conv), conv)) - target * right
+        norm = _norm(image)
+        is_zero = keras.ops.cast(norm == 0, dtype_of(norm))
         # If every σ² is α, the image is zero and the vector stays.
-        return number + 1, right, tf.where(norm > 0, tf.math.divide_no_nan(image, norm), right)
+        return right, keras.ops.where(norm > 0, image / (norm + is_zero), right)
 
     # The last two vectors differ if σ² − α is equally large with both signs. One vector alone would then give
     # too small a value.
-    _, left, right = tf.while_loop(lambda number, *_: number < steps, step, [0, vector, vector])
-    left, right = tf.stop_gradient(left), tf.stop_gradient(right)
-    both = ahead(kernel, tf.concat([left, right], axis=0), conv)
-    value = tf.reduce_sum(both[0] * both[1]) - target * tf.reduce_sum(left * right)
-    return scale * (scale * tf.abs(value)), right
+    left, right = keras.ops.fori_loop(0, steps, step, (vector, vector))
+    left, right = keras.ops.stop_gradient(left), keras.ops.stop_gradient(right)
+    both = ahead(kernel, keras.ops.concatenate([left, right], axis=0), conv)
+    value = keras.ops.sum(both[0] * both[1]) - target * keras.ops.sum(left * right)
+    return scale * (scale * keras.ops.abs(value)), right
+
+
+def _norm(image: Any) -> Any:
+    return keras.ops.sqrt(keras.ops.sum(image * image))
 
 
 @functools.lru_cache(maxsize=8)
-def _traced(conv: Convolution, alpha: float, gram: str, steps: int) -> Callable[..., Any]:
+def _compiled(conv: Convolution, alpha: float, gram: str, steps: int) -> Callable[..., Any]:
     """Returns `power_iteration` as a traced function, because many eager steps are slow."""
-    return tf.function(
-        lambda kernel, start: power_iteration(kernel, start, conv, alpha, gram, steps), autograph=False
-    )
+    return compiled(lambda kernel, start: power_iteration(kernel, start, conv, alpha, gram, steps))
 
 
-def start_vector(conv: Convolution, gram: str, dtype: tf.DType) -> tf.Tensor:
+def start_vector(conv: Convolution, gram: str, dtype: str) -> np.ndarray:
     """Returns a random unit vector `(1, *size, channels)`, the same at every call."""
     shape = (1, *(conv.output_shape if _uses_mmt(conv, gram) else conv.input_shape))
-    vector = tf.random.stateless_normal(shape, seed=(0, 0), dtype=dtype)
-    return vector / tf.norm(vector)
+    vector = np.random.RandomState(0).standard_normal(shape)
+    return (vector / np.linalg.norm(vector)).astype(dtype)
 
 
 def check_gram(gram: Any) -> str:

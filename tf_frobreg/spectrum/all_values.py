@@ -9,7 +9,7 @@ import scipy.linalg
 
 from tf_frobreg.checks import check_memory, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import kernel_and_convolution
+from tf_frobreg.convolution.kernel import kernel_and_convolution, known_values
 from tf_frobreg.convolution.matrix import toeplitz_indices
 from tf_frobreg.spectrum.gram_matrix import gram_matrix
 
@@ -64,7 +64,7 @@ def singular_values(
         >>> print(singular_values(np.roll(kernel, 1, axis=1), (1, 4)))
         [1. 1. 1. 0.]
     """
-    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, known=True)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, convert=known_values)
     return all_singular_values(kernel, conv, check_number("accuracy", accuracy, exclusive=True))
 
 

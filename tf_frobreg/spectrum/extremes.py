@@ -9,7 +9,7 @@ import numpy as np
 
 from tf_frobreg.checks import check_accuracy, check_integer, check_memory, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import kernel_and_convolution
+from tf_frobreg.convolution.kernel import kernel_and_convolution, known_values
 from tf_frobreg.spectrum.all_values import (
     DECOMPOSED_ROWS,
     all_singular_values,
@@ -299,7 +299,7 @@ def extreme_singular_values(
         >>> print(f"{extreme_singular_values(1.01 * kernel, 20, start=extremes).sigma_max:.3f}")
         11.055
     """
-    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, known=True)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, convert=known_values)
     return ExtremesFinder(conv, accuracy, max_iterations=max_iterations)(kernel, start)
 
 
@@ -332,7 +332,7 @@ def spectral_norm(
         >>> print(f"{spectral_norm(np.ones((3, 3, 1, 1)), 100, padding='circular'):.3f}")
         9.000
     """
-    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, known=True)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, convert=known_values)
     found = ExtremesFinder(conv, accuracy, sigma_min=False)(kernel)
     if not found.sigma_max_converged:
         _warn(
@@ -372,7 +372,7 @@ def condition_number(
         >>> print(condition_number(np.roll(kernel, 1, axis=0), 8))  # a shift loses a row at the border
         inf
     """
-    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, known=True)
+    kernel, conv = kernel_and_convolution(kernel, input_size, geometry, convert=known_values)
     accuracy = check_number("accuracy", accuracy, exclusive=True)
 
     def reached(found: ExtremeSingularValues) -> bool:

@@ -1,0 +1,447 @@
+"""Tensors of TensorFlow and of Keras' backend: which functions act on them, and what `keras.ops` lacks.
+
+The package itself computes with TensorFlow, whatever the backend of Keras is. What a layer calls during
+training computes with tensors of that backend. Code for both takes its functions from `operations_of`. These
+have the names that they have in `keras.ops`.
+"""
+
+import contextlib
+import operator
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# A function of the kernel. It returns a value, and a function without arguments that returns the gradient.
+WithGradient = Callable[[Any], tuple[Any, Callable[[], Any]]]
+
+
+class TensorFlowOperations:
+    """Functions for tensors of TensorFlow."""
+
+    reshape = staticmethod(tf.reshape)
+    transpose = staticmethod(tf.transpose)
+    concatenate = staticmethod(tf.concat)
+    matmul = staticmethod(tf.matmul)
+    sum = staticmethod(tf.reduce_sum)
+    stack = staticmethod(tf.stack)
+    einsum = staticmethod(tf.einsum)
+    unstack = staticmethod(tf.unstack)
+    zeros = staticmethod(tf.zeros)
+    # The order in which `add` adds depends on timing, and so may the last digit.
+    add = staticmethod(tf.add_n)
+    half_square = staticmethod(tf.nn.l2_loss)
+    swap_last_axes = staticmethod(tf.linalg.matrix_transpose)
+
+    @staticmethod
+    def take(tensor: Any, indices: np.ndarray, axis: int = 0) -> Any:
+        """Returns the entries of an axis."""
+        return tf.gather(tensor, indices, axis=axis)
+
+    @staticmethod
+    def pad(tensor: Any, added: Sequence[tuple[int, int]]) -> Any:
+        """Returns the tensor with zeros before and after each axis."""
+        # Not tf.pad: TensorFlow 2.21 fuses Pad with a float32 Conv3D into an operation that ignores the
+        # padding.
+        zero = tf.zeros((), tensor.dtype)
+        return tf.raw_ops.PadV2(input=tensor, paddings=added, constant_values=zero)
+
+    @staticmethod
+    def convolve(images: Any, kernel: Any, strides: tuple[int, ...], dilation: tuple[int, ...]) -> Any:
+        """Returns the convolution without padding, channels last."""
+        return tf.nn.convolution(
+            images,
+            kernel,
+            strides=strides,
+            padding="VALID",
+            dilations=dilation,
+            data_format=("NWC", "NHWC", "NDHWC")[len(strides) - 1],  # eager 3-D gradients need it
+        )
+
+    @staticmethod
+    def adjoint(function: Callable[[Any], Any], zeros: Any, outputs: Any) -> Any:
+        """Returns the adjoint of a linear function of `zeros`, applied to `outputs`."""
+        with tf.GradientTape() as tape:
+            tape.watch(zeros)
+            found = function(zeros)
+        return tape.gradient(found, zeros, output_gradients=outputs)
+
+    @staticmethod
+    def add_in_order(tensors: Sequence[Any]) -> Any:
+        """Returns the sum of tensors of the same shape."""
+        return tf.reduce_sum(tensors, axis=0)
+
+    @staticmethod
+    def matmul_transposed(left: Any, right: Any) -> Any:
+        """Returns left·rightᵀ, for the last two axes."""
+        return tf.matmul(left, right, transpose_b=True)
+
+    @staticmethod
+    def constant(values: np.ndarray, like: Any) -> Any:
+        """Returns a constant of the dtype of `like`."""
+        return tf.constant(values.astype(like.dtype.as_numpy_dtype))
+
+    @staticmethod
+    def subtract_from_diagonal(matrices: Any, values: Any) -> Any:
+        """Returns the square matrices less the values, which broadcast, on their diagonals."""
+        return tf.linalg.set_diag(matrices, tf.linalg.diag_part(matrices) - values)
+
+    @staticmethod
+    def with_gradient(function: WithGradient, kernel: Any) -> Any:
+        """Returns the value of the function, with its own gradient. Twice differentiable."""
+
+        @tf.custom_gradient
+        def value(kernel: Any) -> tuple:
+            found, gradient = function(kernel)
+
+            @tf.custom_gradient
+            def differentiable(kernel: Any) -> tuple:
+                def hessian_vector_product(direction: Any) -> Any:
+                    with tf.GradientTape() as tape:  # rarely needed, so left to automatic differentiation
+                        tape.watch(kernel)
+                        again = function(kernel)[1]()
+                    return tape.gradient(again, kernel, output_gradients=direction)
+
+                return gradient(), hessian_vector_product
+
+            return found, lambda upstream: upstream * differentiable(kernel)
+
+        return value(kernel)
+
+
+class KerasOperations:
+    """Functions for tensors of Keras' backend."""
+
+    reshape = staticmethod(keras.ops.reshape)
+    transpose = staticmethod(keras.ops.transpose)
+    concatenate = staticmethod(keras.ops.concatenate)
+    # Not keras.ops.matmul: it rounds float64 to float32 under PyTorch.
+    matmul = staticmethod(operator.matmul)
+    sum = staticmethod(keras.ops.sum)
+    stack = staticmethod(keras.ops.stack)
+    zeros = staticmethod(keras.ops.zeros)
+
+    pad = staticmethod(keras.ops.pad)
+    einsum = staticmethod(keras.ops.einsum)
+
+    @staticmethod
+    def take(tensor: Any, indices: np.ndarray, axis: int = 0) -> Any:
+        """Returns the entries of an axis."""
+        return keras.ops.take(tensor, indices, axis=axis)
+
+    @staticmethod
+    def convolve(images: Any, kernel: Any, strides: tuple[int, ...], dilation: tuple[int, ...]) -> Any:
+        """Returns the convolution without padding, channels last."""
+        return keras.ops.conv(
+            images,
+            kernel,
+            strides=strides,
+            padding="valid",
+            data_format="channels_last",
+            dilation_rate=dilation,
+        )
+
+    @staticmethod
+    def adjoint(function: Callable[[Any], Any], zeros: Any, outputs: Any) -> Any:
+        """Returns the adjoint of a linear function of `zeros`, applied to `outputs`."""
+        if keras.config.backend() == "jax":
+            (found,) = sys.modules["jax"].linear_transpose(function, zeros)(outputs)
+            return found
+        torch = sys.modules["torch"]
+        with torch.enable_grad():  # also while an outer context turns gradients off
+            return torch.autograd.functional.vjp(function, zeros, outputs, create_graph=True)[1]
+
+    @staticmethod
+    def swap_last_axes(tensor: Any) -> Any:
+        """Returns the transposes of matrices."""
+        return keras.ops.swapaxes(tensor, -1, -2)
+
+    @staticmethod
+    def unstack(tensor: Any) -> list[Any]:
+        """Returns the entries of the first axis as a list."""
+        return [tensor[number] for number in range(tensor.shape[0])]
+
+    @staticmethod
+    def add(tensors: Sequence[Any]) -> Any:
+        """Returns the sum of tensors of the same shape."""
+        return sum(tensors[1:], tensors[0])
+
+    add_in_order = add
+
+    @staticmethod
+    def half_square(tensor: Any) -> Any:
+        """Returns half the sum of the squares."""
+        return 0.5 * keras.ops.sum(tensor * tensor)
+
+    @staticmethod
+    def matmul_transposed(left: Any, right: Any) -> Any:
+        """Returns left·rightᵀ, for the last two axes."""
+        return left @ keras.ops.swapaxes(right, -1, -2)
+
+    @staticmethod
+    def constant(values: np.ndarray, like: Any) -> Any:
+        """Returns a constant of the dtype of `like`."""
+        return keras.ops.convert_to_tensor(values, dtype=dtype_of(like))
+
+    @staticmethod
+    def subtract_from_diagonal(matrices: Any, values: Any) -> Any:
+        """Returns the square matrices less the values, which broadcast, on their diagonals."""
+        unit = keras.ops.eye(matrices.shape[-1], dtype=dtype_of(matrices))
+        return matrices - values[..., None] * unit
+
+    @staticmethod
+    def with_gradient(function: WithGradient, kernel: Any) -> Any:
+        """Returns the value of the function, with its own gradient. Twice differentiable."""
+
+        @keras.ops.custom_gradient
+        def value(kernel: Any) -> tuple:
+            found, gradient = function(kernel)
+
+            @not_compiled
+            def first_order(*arguments: Any, upstream: Any = None) -> Any:
+                if upstream is None:  # JAX passes only the derivative of what follows
+                    return arguments[0] * gradient()
+                # PyTorch passes the kernel too. What `function` computed is no part of the graph of a second
+                # derivative, for which PyTorch turns gradients on here.
+                is_twice = sys.modules["torch"].is_grad_enabled()
+                return upstream * (function(*arguments)[1] if is_twice else gradient)()
+
+            return found, first_order
+
+        return value(kernel)
+
+
+Operations = type[TensorFlowOperations] | type[KerasOperations]
+
+
+def operations_of(tensor: Any) -> Operations:
+    """Returns the functions for tensors of this kind."""
+    return TensorFlowOperations if isinstance(tensor, tf.Tensor) else KerasOperations
+
+
+def dtype_of(tensor: Any) -> str:
+    """Returns the name of a dtype, for example "float32"."""
+    return keras.backend.standardize_dtype(tensor.dtype)
+
+
+def to_tensor(value: Any) -> Any:
+    """Returns a tensor of Keras' backend, differentiable in `value` if that is of the same backend.
+
+    Args:
+        value: Array, tensor or variable of any backend.
+
+    Raises:
+        TypeError: If `value` cannot be converted: it is sparse, for example, or a tensor of another backend
+            that is being traced.
+        ValueError: If `value` is no array.
+    """
+    if keras.config.backend() == "tensorflow":
+        return to_tensorflow(value)
+    if isinstance(value, keras.Variable):
+        value = value.value
+    return value if keras.ops.is_tensor(value) else keras.ops.convert_to_tensor(to_array(value))
+
+
+def to_tensorflow(value: Any) -> Any:
+    """Returns a tensor of TensorFlow, differentiable in `value` if that is of TensorFlow.
+
+    Args:
+        value: Array, tensor or variable of any backend.
+
+    Raises:
+        TypeError: If `value` cannot be converted: it is sparse, for example, or a tensor of another backend
+            that is being traced.
+        ValueError: If `value` is no array.
+    """
+    if isinstance(value, keras.Variable):
+        value = value.value
+    return tf.convert_to_tensor(to_array(value) if _is_foreign(value) else value)
+
+
+def to_array(value: Any) -> np.ndarray:
+    """Returns the values of an array, tensor or variable of any backend.
+
+    Raises:
+        TypeError: If the values are not known, because a function is being traced.
+        ValueError: If `value` is no array.
+    """
+    if isinstance(value, keras.Variable):
+        value = value.value
+    if not is_known(value):
+        raise TypeError(f"the values of a {type(value).__name__} are not known while a function is traced")
+    if isinstance(value, (tf.Tensor, tf.Variable)):
+        return value.numpy()
+    if keras.ops.is_tensor(value):
+        return keras.ops.convert_to_numpy(value)
+    if hasattr(value, "detach"):  # of PyTorch, while Keras has another backend
+        value = value.detach().cpu()
+    return np.asarray(value)
+
+
+def is_known(value: Any) -> bool:
+    """Returns whether the values of a tensor are known: not while TensorFlow or JAX traces a function."""
+    if isinstance(value, (tf.Tensor, tf.Variable)):
+        return tf.executing_eagerly()
+    jax = sys.modules.get("jax")
+    return jax is None or not isinstance(value, jax.core.Tracer)
+
+
+def _is_foreign(value: Any) -> bool:
+    """Returns whether a value is a tensor of JAX or PyTorch."""
+    return type(value).__module__.partition(".")[0] in ("torch", "jax", "jaxlib")
+
+
+def itemsize(tensor: Any) -> int:
+    """Returns the bytes of one entry."""
+    return np.dtype(dtype_of(tensor)).itemsize
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that TensorFlow or JAX traces once. PyTorch runs it as it is."""
+    if keras.config.backend() == "tensorflow":
+        return tf.function(function, autograph=False)
+    if keras.config.backend() == "jax":
+        return sys.modules["jax"].jit(function)
+    return function
+
+
+def check_tensorflow(argument: str, tensor: Any) -> None:
+    """Raises ValueError if the tensor is not one of TensorFlow, without which the argument cannot be used."""
+    if not isinstance(tensor, tf.Tensor):
+        raise ValueError(
+            f"{argument} needs TensorFlow as the backend of Keras. Received: a {type(tensor).__name__}, with "
+            f"KERAS_BACKEND={keras.config.backend()}"
+        )
+
+
+def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that `torch.compile` runs as it is, because it cannot follow it. For a decorator."""
+    if keras.config.backend() != "torch":
+        return function
+    return sys.modules["torch"].compiler.disable(function)
+
+
+def new_variable(value: Any, name: str) -> Any:
+    """Returns a variable that is not trained, with the value and dtype of a tensor or array.
+
+    Several replicas hold the same value, and what the first one assigns counts. Returns None while Keras
+    follows a model of PyTorch without data, because no variable can be made then.
+    """
+    if keras.config.backend() == "tensorflow":
+        with tf.init_scope():  # the variable outlives the function that is being traced
+            return tf.Variable(
+                value, trainable=False, name=name, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
+            )
+    tensor = keras.ops.convert_to_tensor(value)
+    try:
+        return keras.Variable(tensor, trainable=False, dtype=dtype_of(tensor), name=name)
+    except ValueError:
+        return None
+
+
+def keep_in_state(model: keras.Model, variable: Any) -> bool:
+    """Makes a variable part of the state that Keras hands to a model's traced functions under JAX.
+
+    Keras has no public way to add a variable to a built model that is not one of its weights, which files and
+    `get_weights` hold. The states of random generators are such variables.
+
+    Returns:
+        Whether the variable was added.
+    """
+    if keras.config.backend() != "jax" or any(known is variable for known in model.variables):
+        return False
+    model._seed_generators.append(types.SimpleNamespace(state=variable))
+    return True
+
+
+def gradient_function(
+    function: Callable[[], Any], variables: Sequence[keras.Variable], others: Sequence[keras.Variable]
+) -> Callable[[], list[Any]]:
+    """Returns a function without arguments that computes the derivatives of a scalar.
+
+    Args:
+        function: A function without arguments that reads the variables and returns the scalar.
+        variables: The variables to differentiate by. They need not be trainable.
+        others: The other variables that `function` reads. JAX compiles it once, as a function of both.
+
+    Returns:
+        The function. It returns the derivative in each variable, or None where there is none.
+    """
+    backend = keras.config.backend()
+    if backend == "jax":
+        return _jax_gradients(function, variables, others)
+    return lambda: (_tensorflow_gradients if backend == "tensorflow" else _torch_gradients)(
+        function, variables
+    )
+
+
+def _tensorflow_gradients(function: Callable[[], Any], variables: Sequence[keras.Variable]) -> list[Any]:
+    values = [variable.value for variable in variables]
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        result = function()
+    return tape.gradient(result, values)
+
+
+def _torch_gradients(function: Callable[[], Any], variables: Sequence[keras.Variable]) -> list[Any]:
+    values: list[Any] = [variable.value for variable in variables]
+    frozen = [value for value in values if not value.requires_grad]
+    for value in frozen:
+        value.requires_grad_(True)
+    try:
+        return list(sys.modules["torch"].autograd.grad(function(), values, allow_unused=True))
+    finally:
+        for value in frozen:
+            value.requires_grad_(False)
+
+
+def _jax_gradients(
+    function: Callable[[], Any], variables: Sequence[keras.Variable], others: Sequence[keras.Variable]
+) -> Callable[[], list[Any]]:
+    jax = sys.modules["jax"]
+
+    def stateless(values: list[Any], state: list[Any]) -> Any:
+        mapping = zip((*variables, *others), (*values, *state), strict=True)
+        with keras.StatelessScope(state_mapping=list(mapping)):
+            return function()
+
+    compiled = jax.jit(jax.grad(stateless))
+    return lambda: compiled([v.value for v in variables], [other.value for other in others])
+
+
+def try_gradient(function: Callable[[Any], Any], shape: Sequence[int], dtype: str) -> bool:
+    """Returns whether a scalar function of a kernel has a gradient, as far as the backend says.
+
+    TensorFlow and JAX trace the function and its gradient without computing. PyTorch computes both for zeros.
+    Under JAX the gradient of a constant is zero, and counts. Raises what the function raises.
+    """
+    if keras.config.backend() == "tensorflow":
+        slopes: list[Any] = []
+
+        def trace(kernel: Any) -> None:
+            with tf.GradientTape() as tape:
+                tape.watch(kernel)
+                value = function(kernel)
+            slopes.append(tape.gradient(value, kernel))
+
+        tf.function(trace, autograph=False).get_concrete_function(tf.TensorSpec(shape, dtype))
+        return all(slope is not None for slope in slopes)
+    if keras.config.backend() == "jax":
+        jax = sys.modules["jax"]
+        jax.eval_shape(jax.grad(function), jax.ShapeDtypeStruct(tuple(shape), dtype))
+        return True
+    kernel = keras.ops.zeros(shape, dtype).requires_grad_(True)
+    value = function(kernel)
+    if not value.requires_grad:
+        return False
+    return sys.modules["torch"].autograd.grad(value, kernel, allow_unused=True)[0] is not None
+
+
+def scope_of(model: keras.Model) -> contextlib.AbstractContextManager:
+    """Returns the scope in which variables of a model are made, for TensorFlow's strategies."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
