@@ -4,7 +4,7 @@ import math
 import reprlib
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
+from tf_frobreg.backends import gradient_function, to_array
 from tf_frobreg.checks import check_accuracy, check_choice, check_flag, check_integer, check_number
 from tf_frobreg.keras.own_penalty import Target, target_of, warn_of_geometry
 from tf_frobreg.keras.select_kernels import Selection, check_selection, select_kernels
@@ -139,6 +140,7 @@ class SingularValueMonitor(keras.callbacks.Callback):
         self._measurements: list[_Measurement] = []
         self._latest: dict[str, _Found] = {}  # by kernel, the oldest first
         self._alphas: dict[str, float] = {}
+        self._gradients: Callable[[], list[Any]] | None = None
         self._warned_of_geometry = self._warned_of_share = False
 
     @property
@@ -205,6 +207,7 @@ class SingularValueMonitor(keras.callbacks.Callback):
         self._alphas |= {target.kernel.name: target.alpha for target in self._targets}
         if not self._warned_of_geometry:
             self._warned_of_geometry = warn_of_geometry(self._targets)
+        self._gradients = None  # that of the last fit may have other kernels
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Measures before the first step."""
@@ -250,6 +253,8 @@ class SingularValueMonitor(keras.callbacks.Callback):
     def _measure(self) -> "_Measurement":
         """Adds a row to the history and returns it."""
         start = time.perf_counter()
+        # Under JAX `self.model` gives the variables their values back, which a training step takes away.
+        _ = self.model
         if not self._targets:
             self._find_targets()
         oldest_first = {name: position for position, name in enumerate(self._latest)}
@@ -314,20 +319,25 @@ class SingularValueMonitor(keras.callbacks.Callback):
         kernels = [target.kernel for target in self._targets]
         norms = {f"{kernel.name}/gradient_norm": math.nan for kernel in kernels}
         # A kernel with LoRA is a sum. It has no variable to differentiate by.
-        variables = {kernel.name: kernel.variable.value for kernel in kernels if kernel.variable is not None}
-        with tf.GradientTape() as tape:
-            tape.watch(list(variables.values()))  # frozen variables too
-            try:
-                loss = self.model.compute_loss(x, y, self.model(x, training=False))
-            except (ValueError, TypeError, tf.errors.OpError) as error:
-                cause = " ".join(str(error).split())[:200]
-                raise ValueError(
-                    "gradient_data must be a batch that suits the model and its loss. Computing the loss "
-                    f"failed: {cause}"
-                ) from None
-        for name, gradient in tape.gradient(loss, variables).items():
+        variables = {kernel.name: kernel.variable for kernel in kernels if kernel.variable is not None}
+        if self._gradients is None:
+            model, own = self.model, {id(variable) for variable in variables.values()}
+            self._gradients = gradient_function(
+                lambda: model.compute_loss(x, y, model(x, training=False)),
+                list(variables.values()),
+                [variable for variable in model.variables if id(variable) not in own],
+            )
+        try:
+            found = self._gradients()
+        except (ValueError, TypeError, RuntimeError, tf.errors.OpError) as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ValueError(
+                "gradient_data must be a batch that suits the model and its loss. Computing the loss "
+                f"failed: {cause}"
+            ) from None
+        for name, gradient in zip(variables, found, strict=True):
             if gradient is not None:
-                norms[f"{name}/gradient_norm"] = float(tf.norm(gradient))
+                norms[f"{name}/gradient_norm"] = float(np.linalg.norm(to_array(gradient)))
         return norms
 
 
@@ -379,7 +389,7 @@ def _check_batch(data: Any) -> tuple[Any, Any] | None:
         raise TypeError(
             f"gradient_data must be (x, y), a batch of arrays. Received: gradient_data={reprlib.repr(data)}"
         )
-    counts = {len(part) for part in tf.nest.flatten((x, y)) if np.ndim(part)}
+    counts = {len(part) for part in keras.tree.flatten((x, y)) if np.ndim(part)}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(
             "gradient_data must be (x, y) with as many labels as images, at least one. Received: "

@@ -3,7 +3,6 @@
 from typing import Any, Unpack
 
 import keras
-import tensorflow as tf
 
 from tf_frobreg.convolution.geometry import Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
@@ -19,8 +18,8 @@ class SingularValueClip(TakesGeometry, keras.constraints.Constraint):
 
     As a Keras `kernel_constraint` it is applied after every step of the optimizer. Each application takes one
     singular value decomposition per frequency, hundreds of them for an image of 32×32. On layers with many
-    channels it costs more than the training step. XLA has no decomposition of complex matrices. If Keras
-    would compile with XLA, as it does on GPUs by default, use `jit_compile=False`.
+    channels it costs more than the training step. XLA under TensorFlow has no decomposition of complex
+    matrices. If Keras would compile with it, as it does on GPUs by default, use `jit_compile=False`.
 
     Args:
         input_size: Spatial size of the layer's input, an int or one int per axis. Keras does not pass it to a
@@ -38,8 +37,8 @@ class SingularValueClip(TakesGeometry, keras.constraints.Constraint):
     Example:
         >>> layer = keras.layers.Conv2D(4, 3, kernel_constraint=SingularValueClip(input_size=16, high=0.5))
         >>> layer.build((None, 16, 16, 3))
-        >>> layer.kernel_constraint(layer.kernel).shape
-        TensorShape([3, 3, 3, 4])
+        >>> tuple(layer.kernel_constraint(layer.kernel).shape)
+        (3, 3, 3, 4)
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class SingularValueClip(TakesGeometry, keras.constraints.Constraint):
         self.take_geometry(input_size, geometry)
         check_strides(self.strides)
 
-    def __call__(self, w: Any) -> tf.Tensor:
+    def __call__(self, w: Any) -> Any:
         """Returns the clipped kernel."""
         kernel = as_kernel(w, check_finite=False)
         return clip(kernel, self.convolution(kernel.shape), self.low, self.high)

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from tf_frobreg.backends import keep_in_state, scope_of, to_array
 from tf_frobreg.checks import check_choice, check_number
 from tf_frobreg.keras.read_layers import flat_layers
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer
@@ -63,8 +64,9 @@ class FactorSchedule(keras.callbacks.Callback):
                 "FactorSchedule needs a model with a penalty of this package, see attach_regularizers. "
                 f"Received: {model!r}"
             )
-        with model.distribute_strategy.scope():
+        with scope_of(model):
             changed = [penalty.make_adjustable() for penalty in self._penalties]
+        changed += [keep_in_state(model, penalty.scale_variable) for penalty in self._penalties]
         if any(changed):  # a function traced earlier holds the old number
             model.train_function = model.test_function = None
 
@@ -76,10 +78,12 @@ class FactorSchedule(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Sets the multiplier of a step."""
         if self.unit == "step":
-            self._apply(int(self.model.optimizer.iterations.numpy()))
+            self._apply(int(to_array(self.model.optimizer.iterations)))
 
     def _apply(self, number: int) -> None:
         scale = check_number(f"schedule({number})", self.schedule(number))
+        # Under JAX `self.model` gives the variables their values back, which a training step takes away.
+        _ = self.model
         for penalty in self._penalties:
             penalty.scale = scale
 

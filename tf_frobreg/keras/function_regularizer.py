@@ -9,6 +9,7 @@ from typing import Any, Self, Unpack
 import keras
 import tensorflow as tf
 
+from tf_frobreg.backends import dtype_of, try_gradient
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
@@ -17,8 +18,8 @@ from tf_frobreg.keras.regularizer_base import WeightedRegularizer, function_name
 __all__ = ["FunctionRegularizer"]
 
 WANTED = (
-    "penalty must be a function of (kernel, convolution) that returns a scalar, which TensorFlow can "
-    "differentiate in the kernel"
+    "penalty must be a function of (kernel, convolution) that returns a scalar, which can be "
+    "differentiated in the kernel"
 )
 LONGEST_ERROR = 300  # characters
 CANNOT_BE_SAVED = "Keras cannot save the function: write one with def"
@@ -30,7 +31,8 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
 
     The function is called as `function(kernel, convolution)`. `kernel` is a tensor of float32 or float64.
     `convolution` is the layer's `Convolution`: the shapes of M, and `**convolution.geometry` for the
-    functions of this package. The result must be a scalar that TensorFlow can differentiate in the kernel.
+    functions of this package. The result must be a scalar that Keras' backend can differentiate in the
+    kernel.
 
     Keras saves the name of the function. A function with `@keras.saving.register_keras_serializable()` is
     found again on loading. For any other one give `load_model` its `custom_objects`.
@@ -77,20 +79,20 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
         self.function = check_function("function", function)
         self.take_geometry(input_size, geometry)
 
-    def __call__(self, x: Any) -> tf.Tensor:
+    def __call__(self, x: Any) -> Any:
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
         kernel = as_kernel(x, check_finite=False)
         result = self.function(kernel, self.convolution(kernel.shape))
         try:
-            value = tf.cast(result, kernel.dtype)
+            value = keras.ops.cast(keras.ops.convert_to_tensor(result), dtype_of(kernel))
         except (TypeError, ValueError, tf.errors.OpError):
             value = None
-        if value is None or value.shape.rank not in (0, None):
-            found = reprlib.repr(result) if value is None else f"a tensor of shape {value.shape}"
+        if value is None or len(value.shape) != 0:
+            found = reprlib.repr(result) if value is None else f"a tensor of shape {tuple(value.shape)}"
             raise ValueError(
                 f"function {function_name(self.function)} must return a scalar. Received: {found}"
             )
-        return self.weight(value.dtype) * value
+        return self.weight(dtype_of(value)) * value
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
@@ -116,7 +118,7 @@ def check_function(
 
 
 def try_function(penalty: FunctionRegularizer, shape: Sequence[int], dtype: str) -> None:
-    """Traces the function of a penalty and its gradient as `fit` does. Nothing is computed.
+    """Traces the function of a penalty and its gradient as `fit` does, see `try_gradient`.
 
     Args:
         penalty: The penalty.
@@ -126,24 +128,16 @@ def try_function(penalty: FunctionRegularizer, shape: Sequence[int], dtype: str)
     Raises:
         ValueError: If the function raises, returns no scalar, or cannot be differentiated.
     """
-    slopes: list[tf.Tensor | None] = []
-
-    def trace(kernel: tf.Tensor) -> None:
-        with tf.GradientTape() as tape:
-            tape.watch(kernel)
-            value = penalty(kernel)
-        slopes.append(tape.gradient(value, kernel))
-
     name = function_name(penalty.function)
     try:
-        tf.function(trace, autograph=False).get_concrete_function(tf.TensorSpec(shape, dtype))
+        has_gradient = try_gradient(penalty, shape, dtype)
     except Exception as error:  # the function may raise any
         text = " ".join(str(error).split())
         text = text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]} …"
         raise ValueError(
             f"{WANTED}. Received: the function {name}, which fails with {type(error).__name__}: {text}"
         ) from error
-    if any(slope is None for slope in slopes):
+    if not has_gradient:
         raise ValueError(
             f"{WANTED}. Received: the function {name}, whose result has no gradient. It is a constant, or "
             "NumPy computes it"

@@ -11,7 +11,6 @@ from weakref import WeakValueDictionary
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from tf_frobreg.checks import check_integer, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
@@ -88,7 +87,7 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
         self.take_geometry(input_size, geometry)
         self._kernels: dict[tuple, np.ndarray] = {}  # keeps them in COMPUTED
 
-    def __call__(self, shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
+    def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
         """Returns a kernel of that shape.
 
         Args:
@@ -102,14 +101,14 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
             TypeError: If `dtype` is not a float dtype.
         """
         conv = self.convolution(shape)
-        if not tf.as_dtype(dtype or "float32").is_floating:
+        if not keras.backend.is_float_dtype(dtype or "float32"):
             raise TypeError(f"dtype must be one of floats. Received: dtype={dtype!r}")
         precision = "float32" if dtype is None else "float64"
         if _keras_is_loading_a_model():
             kernel = self._start(conv, precision)
         else:
             kernel = self._kernel(conv, precision)
-        return tf.cast(kernel, dtype or "float32")
+        return keras.ops.convert_to_tensor(kernel, dtype=dtype or "float32")
 
     def _kernel(self, conv: Convolution, precision: str) -> np.ndarray:
         """Returns the kernel that this initializer, or an equal one, computed before. Computes a new one."""

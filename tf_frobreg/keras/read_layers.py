@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Self
 
 import keras
 import numpy as np
-import tensorflow as tf
 
+from tf_frobreg.backends import to_array
 from tf_frobreg.checks import did_you_mean, enumeration
 from tf_frobreg.convolution.geometry import Convolution, Size
 from tf_frobreg.convolution.layer import (
@@ -67,8 +67,8 @@ class LayerKernel(NamedTuple):
     @property
     def value(self) -> np.ndarray:
         """The kernel that the layer applies, in float32 or float64."""
-        value = tf.convert_to_tensor(getattr(self.layer, self.attribute))
-        return (value if value.dtype == tf.float64 else tf.cast(value, tf.float32)).numpy()
+        value = to_array(getattr(self.layer, self.attribute))
+        return value if value.dtype == np.float64 else value.astype(np.float32)
 
     def reason_to_skip(self, *, dtypes: Sequence[str] | None = None) -> str | None:
         """Returns why the kernel cannot be regularized, or None.

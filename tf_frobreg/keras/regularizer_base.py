@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_frobreg.backends import new_variable
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry
 from tf_frobreg.keras.layer_geometry import TakesGeometry
@@ -38,14 +39,13 @@ class Replacement(keras.regularizers.Regularizer):
     def __repr__(self) -> str:
         """Returns a call of the constructor. Arguments that have their default are left out, except three."""
         parts = []
-        with tf.init_scope():  # `scale` can be a variable, which has no number while a function is traced
-            for name, default in _parameters(type(self)).items():
-                value = getattr(self, name, default)
-                # A class of the user can have arguments of any type.
-                is_plain = isinstance(value, (int, float, str, tuple))
-                is_default = is_plain and value in (default, (default,) * np.size(value))
-                if name in ALWAYS_SHOWN or not is_default:
-                    parts.append(f"{name}={describe(value)}")
+        for name, default in _parameters(type(self)).items():
+            value = getattr(self, name, default)
+            # A class of the user can have arguments of any type.
+            is_plain = isinstance(value, (int, float, str, tuple))
+            is_default = is_plain and value in (default, (default,) * np.size(value))
+            if name in ALWAYS_SHOWN or not is_default:
+                parts.append(f"{name}={describe(value)}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
@@ -103,43 +103,36 @@ class WeightedRegularizer(Replacement):
 
     def __init__(self, factor: float, scale: float) -> None:
         self.factor = check_constant("factor", factor)
-        self._scale: Any = check_constant("scale", scale)
+        self._scale = check_constant("scale", scale)
+        self.scale_variable: Any = None  # for traced functions, see `make_adjustable`
 
     @property
     def scale(self) -> float:
         """Multiplier of `factor`. Traced functions see a change only after `make_adjustable`."""
-        return float(self._scale)
+        return self._scale
 
     @scale.setter
     def scale(self, value: float) -> None:
-        value = check_number("scale", value)
-        if isinstance(self._scale, tf.Variable):
-            self._scale.assign(value)
-        else:
-            self._scale = value
+        self._scale = check_number("scale", value)
+        if self.scale_variable is not None:
+            self.scale_variable.assign(self._scale)
 
     def make_adjustable(self) -> bool:
-        """Moves `scale` into a variable, which traced functions read. Returns False if it was in one."""
-        if isinstance(self._scale, tf.Variable):
+        """Puts `scale` into a variable, which traced functions read. Returns False if it was in one."""
+        if self.scale_variable is not None:
             return False
-        with tf.init_scope():
-            self._scale = tf.Variable(
-                self._scale,
-                trainable=False,
-                dtype=tf.float64,
-                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-            )
+        self.scale_variable = new_variable(np.asarray(self._scale), "penalty_scale")
         return True
 
-    def weight(self, dtype: tf.DType) -> Any:
+    def weight(self, dtype: str) -> Any:
         """Returns factor·scale: a plain number, or a tensor of `dtype` if `scale` is in a variable."""
-        if isinstance(self._scale, tf.Variable):
-            return tf.cast(self.factor * self._scale, dtype)
-        return self.factor * self._scale
+        if self.scale_variable is None:
+            return self.factor * self._scale
+        return keras.ops.cast(self.factor * keras.ops.convert_to_tensor(self.scale_variable), dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values, with `scale` only if it is not 1."""
         return {"factor": self.factor} | ({} if self.scale == 1.0 else {"scale": self.scale})
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_scale": self.scale}  # a copy does not share the variable
+        return self.__dict__ | {"scale_variable": None}  # a copy does not share the variable

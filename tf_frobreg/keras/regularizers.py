@@ -4,8 +4,8 @@ import weakref
 from typing import Any, Unpack
 
 import keras
-import tensorflow as tf
 
+from tf_frobreg.backends import dtype_of, new_variable, not_compiled
 from tf_frobreg.checks import check_choice, check_integer
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
@@ -18,6 +18,8 @@ from tf_frobreg.penalties.two_norm import check_gram, power_iteration, start_vec
 __all__ = ["FrobeniusRegularizer", "ReshapedRegularizer", "SpectralRegularizer"]
 
 REDUCTIONS = ("sum", "mean")
+# Power steps of each evaluation if nothing can be kept from the one before.
+STEPS_WITHOUT_STATE = 40
 
 
 @keras.saving.register_keras_serializable(package="tf_frobreg")
@@ -59,9 +61,9 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
     Example:
         >>> layer = keras.layers.Conv2D(
         ...     8, 3, padding="same", kernel_regularizer=FrobeniusRegularizer(input_size=28))
-        >>> _ = layer(tf.zeros((1, 28, 28, 1)))
-        >>> print(len(layer.losses), layer.losses[0] > 0)
-        1 tf.Tensor(True, shape=(), dtype=bool)
+        >>> _ = layer(keras.ops.zeros((1, 28, 28, 1)))
+        >>> len(layer.losses), float(layer.losses[0]) > 0
+        (1, True)
     """
 
     def __init__(
@@ -88,12 +90,13 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
         )
         self.take_geometry(input_size, geometry)
 
-    def __call__(self, x: Any) -> tf.Tensor:
+    @not_compiled
+    def __call__(self, x: Any) -> Any:
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
         kernel = as_kernel(x, check_finite=False)  # a diverging training shows a NaN loss and goes on
         conv = self.convolution(kernel.shape)
         penalty = FrobeniusPenalty(conv, self.alpha, self.method).value(kernel)
-        return self.weight(penalty.dtype) / (conv.shape[1] if self.reduction == "mean" else 1) * penalty
+        return self.weight(dtype_of(penalty)) / (conv.shape[1] if self.reduction == "mean" else 1) * penalty
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
@@ -134,7 +137,7 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
     Example:
         >>> regularizer = SpectralRegularizer(input_size=8, factor=0.1, gram="smaller")
         >>> layer = keras.layers.Conv2D(4, 3, padding="same", kernel_regularizer=regularizer)
-        >>> _ = layer(tf.zeros((1, 8, 8, 3)))
+        >>> _ = layer(keras.ops.zeros((1, 8, 8, 3)))
         >>> values = [layer.losses[0].numpy() for _ in range(200)]  # each one takes two more power steps
         >>> from tf_frobreg import singular_values
         >>> sigma = singular_values(layer.kernel, 8)
@@ -159,17 +162,24 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
         self.power_steps = check_integer("power_steps", power_steps)
         self.take_geometry(input_size, geometry)
         # Maps each kernel to (weak reference to the kernel or None, variable with its vector).
-        self._vectors: dict[Any, tuple[weakref.ref | None, tf.Variable]] = {}
+        self._vectors: dict[Any, tuple[weakref.ref | None, Any]] = {}
 
-    def __call__(self, x: Any) -> tf.Tensor:
+    @not_compiled
+    def __call__(self, x: Any) -> Any:
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
         kernel = as_kernel(x, check_finite=False)
         conv = self.convolution(kernel.shape)
-        vector = self._vector(x, kernel.dtype, conv)
-        value, new = power_iteration(kernel, vector, conv, self.alpha, self.gram, self.power_steps)
-        # A NaN loss of a diverging training must not stay in the vector.
-        vector.assign(tf.where(tf.math.is_finite(value), new, vector))
-        return self.weight(value.dtype) * value
+        vector = self._vector(x, dtype_of(kernel), conv)
+        if vector is None:
+            start = keras.ops.convert_to_tensor(start_vector(conv, self.gram, dtype_of(kernel)))
+            steps = max(self.power_steps, STEPS_WITHOUT_STATE)
+            value, _ = power_iteration(kernel, start, conv, self.alpha, self.gram, steps)
+        else:
+            start = keras.ops.convert_to_tensor(vector)
+            value, new = power_iteration(kernel, start, conv, self.alpha, self.gram, self.power_steps)
+            # A NaN loss of a diverging training must not stay in the vector.
+            vector.assign(keras.ops.where(keras.ops.isfinite(value), new, start))
+        return self.weight(dtype_of(value)) * value
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
@@ -181,20 +191,20 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
             **self.geometry_config(),
         }
 
-    def _vector(self, x: Any, dtype: tf.DType, conv: Convolution) -> tf.Variable:
-        """Returns the variable with the vector of this kernel. One regularizer can serve several layers."""
+    def _vector(self, x: Any, dtype: str, conv: Convolution) -> Any:
+        """Returns the variable with the vector of this kernel. One regularizer can serve several layers.
+
+        Returns None under JAX, whose traced functions keep nothing from one call to the next.
+        """
+        if keras.config.backend() == "jax":
+            return None
         is_variable = hasattr(x, "assign")
         key = id(x) if is_variable else (conv.kernel_shape, dtype)
         owner, vector = self._vectors.get(key, (None, None))
         if vector is None or (owner is not None and owner() is not x):
             # Forget the kernels that are gone, because a new kernel can have the id of an old one.
             self._vectors = {k: (o, v) for k, (o, v) in self._vectors.items() if o is None or o() is not None}
-            with tf.init_scope():  # the variable outlives the function that is being traced
-                vector = tf.Variable(
-                    start_vector(conv, self.gram, dtype),
-                    trainable=False,
-                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-                )
+            vector = new_variable(start_vector(conv, self.gram, dtype), "singular_vector")
             self._vectors[key] = (weakref.ref(x) if is_variable else None, vector)
         return vector
 
@@ -220,19 +230,19 @@ class ReshapedRegularizer(WeightedRegularizer):
 
     Example:
         >>> layer = keras.layers.Conv2D(9, 3, kernel_regularizer=ReshapedRegularizer(factor=0.1))
-        >>> _ = layer(tf.zeros((1, 8, 8, 1)))
-        >>> print(layer.losses[0] > 0)
-        tf.Tensor(True, shape=(), dtype=bool)
+        >>> _ = layer(keras.ops.zeros((1, 8, 8, 1)))
+        >>> float(layer.losses[0]) > 0
+        True
     """
 
     def __init__(self, factor: float = 0.01, alpha: float = 1.0, *, scale: float = 1.0) -> None:
         super().__init__(factor, scale)
         self.alpha = check_constant("alpha", alpha, exclusive=True)
 
-    def __call__(self, x: Any) -> tf.Tensor:
+    def __call__(self, x: Any) -> Any:
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
         penalty = evaluate_reshaped(as_kernel(x, check_finite=False), self.alpha)
-        return self.weight(penalty.dtype) * penalty
+        return self.weight(dtype_of(penalty)) * penalty
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""

@@ -17,6 +17,10 @@ from tf_frobreg.convolution.layer import Shape, image_sizes
 InputSize = Size | Mapping[str, Size]  # one size for all inputs, or one per name of an input or a layer
 
 
+# Sizes in place of an open axis. JAX and PyTorch need numbers. An axis of a layer that differs is open too.
+STAND_INS = (224, 448)
+
+
 class Trace(NamedTuple):
     """What the layers of a model see when the model is called on its inputs.
 
@@ -48,6 +52,12 @@ class _Call(NamedTuple):
             return function(next(names), value) if isinstance(value, keras.KerasTensor) else value
 
         return _Call(*keras.tree.map_structure(mapped, (self.args, self.kwargs)))
+
+    def filled(self, size: int) -> "_Call":
+        """Returns the call with a number in place of each axis that has none."""
+        return self.map(
+            lambda name, spec: keras.KerasTensor([n or size for n in spec.shape], spec.dtype, name=name)
+        )
 
     @property
     def names(self) -> list[str]:
@@ -119,13 +129,8 @@ def trace_model(
             break
         if attempt is _on_zeros and any(call.is_open for call in calls):
             break  # a model of open size cannot be called on zeros
-        with _noted_shapes(missing) as found:
-            try:
-                for call in calls:
-                    attempt(model, call)
-                problem = None
-            except Exception as error:  # a model's code can raise anything
-                problem = problem or _cause(error)
+        found, cause = _shapes_in(attempt, model, calls, missing)
+        problem = cause and (problem or cause)
         shapes |= found
     if problem is not None and given:
         raise ValueError(
@@ -133,6 +138,34 @@ def trace_model(
             f"Received: input_size={reprlib.repr(input_size)}"
         )
     return Trace(shapes, problem, names, source)
+
+
+def _shapes_in(
+    attempt: Callable[[keras.layers.Layer, _Call], None],
+    model: keras.layers.Layer,
+    calls: Sequence[_Call],
+    layers: Sequence[keras.layers.Layer],
+) -> tuple[dict[int, list[Shape]], str | None]:
+    """Returns the shapes that layers see in calls of a model, and why a call failed, if so."""
+    if keras.config.backend() != "tensorflow" and any(call.is_open for call in calls):
+        (first, cause), (second, other_cause) = (
+            _shapes_in(attempt, model, [call.filled(n) for call in calls], layers) for n in STAND_INS
+        )
+        return {key: _common(first[key], second.get(key, [])) for key in first}, cause or other_cause
+    problem = None
+    with _noted_shapes(layers) as found:
+        try:
+            for call in calls:
+                attempt(model, call)
+        except Exception as error:  # a model's code can raise anything
+            problem = _cause(error)
+    return found, problem
+
+
+def _common(first: Sequence[Shape], second: Sequence[Shape]) -> list[Shape]:
+    """Returns the shapes of two equal calls with None in place of numbers that differ."""
+    pairs = zip(first, second, strict=False)
+    return [tuple(n if n == m else None for n, m in zip(*shapes, strict=True)) for shapes in pairs]
 
 
 def _cause(error: Exception) -> str:
@@ -170,7 +203,7 @@ def _in_training(model: keras.layers.Layer, call: _Call) -> None:
 
 def _on_zeros(model: keras.layers.Layer, call: _Call) -> None:
     """Calls the model on zeros. What TensorFlow has compiled is run as plain Python, which can be noted."""
-    zeros = call.map(lambda _, spec: keras.ops.zeros([n or 1 for n in spec.shape], spec.dtype))
+    zeros = call.filled(1).map(lambda _, spec: keras.ops.zeros(spec.shape, spec.dtype))
     eagerly = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
     try:
