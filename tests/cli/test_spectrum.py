@@ -224,7 +224,7 @@ def test_plots(kind, ending, directory, tmp_path, run):
         (["empty.npz"], "FILE must hold a kernel"),
         (["bias.npz", "--plot", "plot.png"], "--plot has nothing to draw: no kernel was measured"),
         (["open.keras", "--input-size", 1], "--input-size must suit the model"),
-        (["model.keras", "--input-size", 8], "the input 'input_layer' has the fixed shape"),
+        (["model.keras", "--input-size", 8], "has the fixed shape (None, 8, 9, 2)"),
         (["missing.npy", "--input-size", 8], "FILE cannot be read (No such file or directory)"),
         (["junk.npz", "--input-size", 8], "FILE must be a whole .npy or .npz file"),
         (["text.txt"], "FILE must end in .npy, .npz, .keras or .h5"),

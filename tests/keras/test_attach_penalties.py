@@ -284,7 +284,7 @@ def only_images(kernel, convolution):
 def test_a_function_that_could_not_train_is_refused_before_anything_is_changed(function, message):
     model = small_model()
     model.layers[0].kernel_regularizer = model.layers[0].kernel.regularizer = l2 = keras.regularizers.L2(0.1)
-    wanted = "penalty must be a function of .kernel, convolution. that returns a scalar, which TensorFlow .*"
+    wanted = "penalty must be a function of .kernel, convolution. that returns a scalar, which can be .*"
     with pytest.raises(ValueError, match=wanted + message):
         attach_regularizers(model, penalty=function)
     assert len(model.losses) == 1
