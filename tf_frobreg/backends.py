@@ -6,10 +6,12 @@ have the names that they have in `keras.ops`.
 """
 
 import contextlib
+import functools
+import math
 import operator
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -196,10 +198,14 @@ class KerasOperations:
     @staticmethod
     def with_gradient(function: WithGradient, kernel: Any) -> Any:
         """Returns the value of the function, with its own gradient. Twice differentiable."""
+        if keras.config.backend() == "torch" and not is_known(kernel):
+            # torch.func and torch.vmap do not know this kind of gradient.
+            return function(kernel)[0]
 
         @keras.ops.custom_gradient
         def value(kernel: Any) -> tuple:
-            found, gradient = function(kernel)
+            with _full_precision():
+                found, gradient = function(kernel)
 
             @not_compiled
             def first_order(*arguments: Any, upstream: Any = None) -> Any:
@@ -283,11 +289,25 @@ def to_array(value: Any) -> np.ndarray:
 
 
 def is_known(value: Any) -> bool:
-    """Returns whether the values of a tensor are known: not while TensorFlow or JAX traces a function."""
+    """Returns whether the values of a tensor are known: not while a function is traced or transformed."""
     if isinstance(value, (tf.Tensor, tf.Variable)):
         return tf.executing_eagerly()
+    if hasattr(value, "data_ptr"):  # of PyTorch
+        try:
+            return bool(value.data_ptr()) or not math.prod(value.shape)
+        except RuntimeError:  # inside torch.func or torch.vmap
+            return False
     jax = sys.modules.get("jax")
     return jax is None or not isinstance(value, jax.core.Tracer)
+
+
+def is_dense(value: Any) -> bool:
+    """Returns whether a tensor or array is dense."""
+    if isinstance(value, (tf.SparseTensor, tf.IndexedSlices, tf.RaggedTensor)):
+        return False
+    if hasattr(value, "layout") and hasattr(value, "detach"):  # of PyTorch
+        return str(value.layout) == "torch.strided"
+    return "sparse" not in type(value).__module__
 
 
 def _is_foreign(value: Any) -> bool:
@@ -313,8 +333,8 @@ def check_tensorflow(argument: str, tensor: Any) -> None:
     """Raises ValueError if the tensor is not one of TensorFlow, without which the argument cannot be used."""
     if not isinstance(tensor, tf.Tensor):
         raise ValueError(
-            f"{argument} needs TensorFlow as the backend of Keras. Received: a {type(tensor).__name__}, with "
-            f"KERAS_BACKEND={keras.config.backend()}"
+            f"{argument} needs TensorFlow as the backend of Keras. "
+            f"Received: KERAS_BACKEND={keras.config.backend()}"
         )
 
 
@@ -323,6 +343,29 @@ def not_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     if keras.config.backend() != "torch":
         return function
     return sys.modules["torch"].compiler.disable(function)
+
+
+def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function in which `torch.autocast` has no effect. For a decorator."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with _full_precision():
+            return function(*arguments, **options)
+
+    return call if keras.config.backend() == "torch" else function
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Turns `torch.autocast` off, which would compute matrix products in 16 bits."""
+    with contextlib.ExitStack() as stack:
+        if keras.config.backend() == "torch":
+            torch = sys.modules["torch"]
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def new_variable(value: Any, name: str) -> Any:
@@ -336,11 +379,14 @@ def new_variable(value: Any, name: str) -> Any:
             return tf.Variable(
                 value, trainable=False, name=name, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA
             )
-    tensor = keras.ops.convert_to_tensor(value)
-    try:
-        return keras.Variable(tensor, trainable=False, dtype=dtype_of(tensor), name=name)
-    except ValueError:
-        return None
+    is_torch = keras.config.backend() == "torch"
+    # A tensor of the inference mode could not change later.
+    with sys.modules["torch"].inference_mode(False) if is_torch else contextlib.nullcontext():
+        tensor = keras.ops.convert_to_tensor(value)
+        try:
+            return keras.Variable(tensor, trainable=False, dtype=dtype_of(tensor), name=name)
+        except ValueError:
+            return None
 
 
 def keep_in_state(model: keras.Model, variable: Any) -> bool:

@@ -122,6 +122,53 @@ def test_kernels_of_every_kind_are_accepted():
         assert keras.ops.is_tensor(clip_singular_values(one, (5, 6)))
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="it is about PyTorch")
+@pytest.mark.filterwarnings("ignore")  # torch.func warns of parts of itself
+def test_the_transforms_of_torch():
+    import torch
+
+    kernel = torch.tensor(Case((3, 3, 2, 2), (5, 5)).kernel())
+    penalty = lambda k: frobenius_penalty(k, 5)  # noqa: E731
+    gradient = frobenius_gradient(kernel, 5)
+    torch.testing.assert_close(torch.func.grad(penalty)(kernel), gradient)
+    torch.testing.assert_close(
+        torch.func.hessian(penalty)(kernel), torch.autograd.functional.hessian(penalty, kernel)
+    )
+    both = torch.vmap(penalty)(torch.stack([kernel, 2 * kernel]))
+    torch.testing.assert_close(both, torch.stack([penalty(kernel), penalty(2 * kernel)]))
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="it is about PyTorch")
+@pytest.mark.parametrize("penalty", [frobenius_penalty, spectral_penalty, lambda k, _: reshaped_penalty(k)])
+def test_autocast_leaves_the_penalty_in_float32(penalty):
+    import torch
+
+    kernel = torch.tensor(Case((3, 3, 2, 2), (5, 5)).kernel(dtype="float32"), requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = penalty(kernel, 5)
+    torch.testing.assert_close(value, penalty(kernel, 5))
+    value.backward()
+    assert torch.isfinite(kernel.grad).all()
+
+
+def test_sparse_kernels_are_refused():
+    import tensorflow as tf
+
+    given = [tf.sparse.from_dense(np.eye(3))]
+    if keras.config.backend() == "jax":
+        from jax.experimental import sparse
+
+        given.append(sparse.BCOO.fromdense(np.eye(3)))
+    elif keras.config.backend() == "torch":
+        given.append(keras.ops.eye(3).to_sparse())
+    for kernel in given:
+        with pytest.raises(TypeError, match="^kernel must be a dense array. Received: a "):
+            frobenius_penalty(kernel)
+    for kernel in (object(), "text", np.array(["a"])):
+        with pytest.raises(TypeError, match="^kernel must be an array of float32 or float64. Received: a "):
+            frobenius_penalty(kernel)
+
+
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="it is about the functions that JAX traces")
 @pytest.mark.parametrize("function", [singular_values, regularize_kernel, transformation_matrix])
 def test_what_tensorflow_computes_cannot_be_traced(function):

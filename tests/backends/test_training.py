@@ -160,6 +160,27 @@ def test_a_monitor_sees_the_kernels_of_each_step():
     assert norms[0] > 0
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="it is about tensors of another backend")
+def test_a_function_must_stay_in_the_backend():
+    def by_tensorflow(kernel, convolution):
+        matrix = tf_frobreg.transformation_matrix(kernel, convolution.input_size, **convolution.geometry)
+        return matrix.values[0]
+
+    kernel = keras.Variable(np.ones((3, 3, 1, 1), "float32"))
+    with pytest.raises(ValueError, match="function by_tensorflow must return a tensor of Keras' backend"):
+        tf_frobreg.FunctionRegularizer(by_tensorflow, 5)(kernel)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="it is about PyTorch")
+def test_the_inference_mode_of_torch_does_no_harm():
+    import torch
+
+    model = reference.start("spectral")
+    with torch.inference_mode():
+        reference.penalties(model)
+    assert np.isfinite(reference.train(model, steps=2)).all()
+
+
 def test_whole_models():
     model = reference.start(None)
     report = attach_regularizers(model, 0.1, 1.5)

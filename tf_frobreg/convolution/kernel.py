@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.backends import dtype_of, is_known, to_array, to_tensor, to_tensorflow
+from tf_frobreg.backends import dtype_of, is_dense, is_known, to_array, to_tensor, to_tensorflow
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size, check_geometry
 from tf_frobreg.convolution.layer import SEPARABLE, KernelPlace, check_layer, read_layer
 
@@ -56,17 +56,19 @@ def known_values(kernel: Any) -> np.ndarray:
 
 def _convert(kernel: Any, convert: Callable[[Any], Any], check_finite: bool = True) -> Any:
     """Returns the converted kernel, or raises an error that says what is wrong with it."""
+    value = kernel.value if isinstance(kernel, keras.Variable) else kernel
+    if not is_dense(value):
+        raise TypeError(f"kernel must be a dense array. Received: a {type(kernel).__name__}")
     try:
         tensor = convert(kernel)
+        dtype = dtype_of(tensor)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"kernel must be an array of float32 or float64. Received: a {type(kernel).__name__}"
             + (f" of dtype {kernel.dtype}" if isinstance(kernel, np.ndarray) else "")
         ) from error
-    if isinstance(tensor, (tf.SparseTensor, tf.IndexedSlices, tf.RaggedTensor)):
-        raise TypeError(f"kernel must be a dense array. Received: a {type(kernel).__name__}")
-    if str(dtype_of(tensor)) not in ("float32", "float64"):
-        raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={dtype_of(tensor)}")
+    if dtype not in ("float32", "float64"):
+        raise TypeError(f"kernel must be float32 or float64. Received: kernel.dtype={dtype}")
     if check_finite and is_known(tensor) and not np.isfinite(to_array(tensor)).all():
         raise ValueError(
             f"kernel must be finite. Received: NaN or infinity in a kernel of shape {tuple(tensor.shape)}"

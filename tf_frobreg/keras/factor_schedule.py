@@ -18,9 +18,11 @@ class FactorSchedule(keras.callbacks.Callback):
     """Multiplies the factor of every penalty of a model by a number that changes during training.
 
     A change takes effect at once, also in compiled functions and under XLA. For that the regularizers keep
-    the multiplier, their `scale`, in a variable from then on. `factor` itself does not change. Keras saves
-    both with the model. The penalties are all regularizers of this package, on any variable of the model. A
-    penalty may be in a `SumRegularizer`, on a variable of your own layer, or inside a wrapper.
+    the multiplier, their `scale`, in a variable from then on. Another model that shares them and has been
+    trained before must be compiled again. Under JAX `model.non_trainable_variables` contains the variables.
+    `factor` itself does not change. Keras saves both with the model. The penalties are all regularizers of
+    this package, on any variable of the model. A penalty may be in a `SumRegularizer`, on a variable of your
+    own layer, or inside a wrapper.
 
     Args:
         schedule: A function of the epoch or step that returns the multiplier, at least 0. A Keras

@@ -51,7 +51,8 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
         TypeError: If an argument has the wrong type.
 
     Example:
-        The mean of σ², which is ‖M‖²_F per column of M:
+        The mean of σ², which is ‖M‖²_F per column of M. TensorFlow computes M, so this function needs it as
+        the backend of Keras:
 
         >>> from tf_frobreg import transformation_matrix
         >>> @keras.saving.register_keras_serializable(package="example")
@@ -83,6 +84,11 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
         """Returns the penalty of the kernel `x`, a scalar of its dtype."""
         kernel = as_kernel(x, check_finite=False)
         result = self.function(kernel, self.convolution(kernel.shape))
+        if isinstance(result, tf.Tensor) and not keras.ops.is_tensor(result):  # it would have no gradient
+            raise ValueError(
+                f"function {function_name(self.function)} must return a tensor of Keras' backend, "
+                f"{keras.config.backend()}. Received: a tensor of TensorFlow"
+            )
         try:
             value = keras.ops.cast(keras.ops.convert_to_tensor(result), dtype_of(kernel))
         except (TypeError, ValueError, tf.errors.OpError):

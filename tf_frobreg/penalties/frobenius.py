@@ -116,6 +116,7 @@ def frobenius_penalty(
     Returns:
         A scalar tensor of Keras' backend with the kernel's dtype, in units of σ⁴. It is twice differentiable
         in `kernel`. Under JAX that holds for `jax.grad` and `jax.hessian`, not for `jax.jvp`.
+        JAX computes in float64 only with `jax_enable_x64`.
 
     Raises:
         ValueError: If an argument is invalid, or if the computation does not fit in memory. The message

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from tf_frobreg.backends import dtype_of
+from tf_frobreg.backends import dtype_of, in_full_precision
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution.kernel import kernel_of
 
@@ -46,6 +46,7 @@ def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> Any:
     return evaluate_reshaped(kernel_of(kernel), alpha)
 
 
+@in_full_precision
 def evaluate_reshaped(kernel: Any, alpha: float) -> Any:
     """Returns `reshaped_penalty` of checked arguments, except that it checks the kernel's shape."""
     rank_is_known = getattr(kernel.shape, "rank", 0) is not None

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import keras
 import numpy as np
 
-from tf_frobreg.backends import compiled, dtype_of
+from tf_frobreg.backends import compiled, dtype_of, in_full_precision
 from tf_frobreg.checks import check_choice, check_integer, check_number
 from tf_frobreg.convolution.apply import apply, apply_adjoint
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
@@ -77,6 +77,7 @@ def spectral_penalty(
     return _compiled(conv, alpha, gram, steps)(kernel, start)[0]
 
 
+@in_full_precision
 def power_iteration(
     kernel: Any, vector: Any, conv: Convolution, alpha: float, gram: str, steps: int
 ) -> tuple[Any, Any]:
