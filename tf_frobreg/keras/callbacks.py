@@ -12,11 +12,12 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from tf_frobreg.backends import gradient_function, to_array
+from tf_frobreg.backends import to_array
 from tf_frobreg.checks import check_accuracy, check_choice, check_flag, check_integer, check_number
 from tf_frobreg.keras.own_penalty import Target, target_of, warn_of_geometry
 from tf_frobreg.keras.select_kernels import Selection, check_selection, select_kernels
 from tf_frobreg.keras.trace import InputSize
+from tf_frobreg.keras.training_backend import gradient_function
 from tf_frobreg.keras.training_clock import TrainingClock
 from tf_frobreg.plotting.trainings import plot_gradient_norms, plot_training
 from tf_frobreg.spectrum.kernel_report import KernelSpectrum, report_kernel

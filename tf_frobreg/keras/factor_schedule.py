@@ -5,11 +5,12 @@ from typing import Any
 
 import keras
 
-from tf_frobreg.backends import keep_in_state, scope_of, to_array
+from tf_frobreg.backends import to_array
 from tf_frobreg.checks import check_choice, check_number
 from tf_frobreg.keras.read_layers import flat_layers
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer
 from tf_frobreg.keras.sum_regularizer import SumRegularizer
+from tf_frobreg.keras.training_backend import keep_in_state, scope_of
 
 __all__ = ["FactorSchedule"]
 

@@ -9,11 +9,12 @@ from typing import Any, Self, Unpack
 import keras
 import tensorflow as tf
 
-from tf_frobreg.backends import dtype_of, try_gradient
+from tf_frobreg.backends import dtype_of
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer, function_name
+from tf_frobreg.keras.training_backend import try_gradient
 
 __all__ = ["FunctionRegularizer"]
 

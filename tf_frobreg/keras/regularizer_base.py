@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.backends import new_variable
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry
 from tf_frobreg.keras.layer_geometry import TakesGeometry
+from tf_frobreg.keras.training_backend import new_variable
 
 # Arguments that the repr of a regularizer shows also if they have their default.
 ALWAYS_SHOWN = ("input_size", "factor", "alpha")

@@ -5,12 +5,13 @@ from typing import Any, Unpack
 
 import keras
 
-from tf_frobreg.backends import dtype_of, new_variable, not_compiled
+from tf_frobreg.backends import dtype_of, not_compiled
 from tf_frobreg.checks import check_choice, check_integer
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer, check_constant
+from tf_frobreg.keras.training_backend import new_variable
 from tf_frobreg.penalties.frobenius import METHODS, FrobeniusPenalty
 from tf_frobreg.penalties.reshaped import evaluate_reshaped
 from tf_frobreg.penalties.two_norm import check_gram, power_iteration, start_vector
