@@ -17,26 +17,33 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# A function of the kernel. It returns a value, and a function without arguments that returns the gradient.
-WithGradient = Callable[[Any], tuple[Any, Callable[[], Any]]]
-
 
 class TensorFlowOperations:
     """Functions for tensors of TensorFlow."""
 
-    reshape = staticmethod(tf.reshape)
     transpose = staticmethod(tf.transpose)
     concatenate = staticmethod(tf.concat)
+    expand_dims = staticmethod(tf.expand_dims)
     matmul = staticmethod(tf.matmul)
     sum = staticmethod(tf.reduce_sum)
     stack = staticmethod(tf.stack)
     einsum = staticmethod(tf.einsum)
     unstack = staticmethod(tf.unstack)
     zeros = staticmethod(tf.zeros)
+
     # The order in which `add` adds depends on timing, and so may the last digit.
-    add = staticmethod(tf.add_n)
+    @staticmethod
+    def add(tensors: Sequence[Any]) -> Any:
+        """Returns the sum of tensors of the same shape."""
+        return tf.add_n(tensors) if len(tensors) > 1 else tensors[0]
+
     half_square = staticmethod(tf.nn.l2_loss)
     swap_last_axes = staticmethod(tf.linalg.matrix_transpose)
+
+    @staticmethod
+    def reshape(tensor: Any, shape: Sequence[int]) -> Any:
+        """Returns the tensor with another shape. A graph would keep, and pay for, the same shape."""
+        return tensor if tensor.shape.as_list() == list(shape) else tf.reshape(tensor, shape)
 
     @staticmethod
     def take(tensor: Any, indices: np.ndarray, axis: int = 0) -> Any:
@@ -74,7 +81,7 @@ class TensorFlowOperations:
     @staticmethod
     def add_in_order(tensors: Sequence[Any]) -> Any:
         """Returns the sum of tensors of the same shape."""
-        return tf.reduce_sum(tensors, axis=0)
+        return tf.reduce_sum(tensors, axis=0) if len(tensors) > 2 else sum(tensors[1:], tensors[0])
 
     @staticmethod
     def matmul_transposed(left: Any, right: Any) -> Any:
@@ -89,37 +96,17 @@ class TensorFlowOperations:
     @staticmethod
     def subtract_from_diagonal(matrices: Any, values: Any) -> Any:
         """Returns the square matrices less the values, which broadcast, on their diagonals."""
-        return tf.linalg.set_diag(matrices, tf.linalg.diag_part(matrices) - values)
-
-    @staticmethod
-    def with_gradient(function: WithGradient, kernel: Any) -> Any:
-        """Returns the value of the function, with its own gradient. Twice differentiable."""
-
-        @tf.custom_gradient
-        def value(kernel: Any) -> tuple:
-            found, gradient = function(kernel)
-
-            @tf.custom_gradient
-            def differentiable(kernel: Any) -> tuple:
-                def hessian_vector_product(direction: Any) -> Any:
-                    with tf.GradientTape() as tape:  # rarely needed, so left to automatic differentiation
-                        tape.watch(kernel)
-                        again = function(kernel)[1]()
-                    return tape.gradient(again, kernel, output_gradients=direction)
-
-                return gradient(), hessian_vector_product
-
-            return found, lambda upstream: upstream * differentiable(kernel)
-
-        return value(kernel)
+        # The functions of tf.linalg also take other diagonals, for which they add five constants.
+        diagonal = tf.raw_ops.MatrixDiagPart(input=matrices) - values
+        return tf.raw_ops.MatrixSetDiag(input=matrices, diagonal=diagonal)
 
 
 class KerasOperations:
     """Functions for tensors of Keras' backend."""
 
-    reshape = staticmethod(keras.ops.reshape)
     transpose = staticmethod(keras.ops.transpose)
     concatenate = staticmethod(keras.ops.concatenate)
+    expand_dims = staticmethod(keras.ops.expand_dims)
     # Not keras.ops.matmul: it rounds float64 to float32 under PyTorch.
     matmul = staticmethod(operator.matmul)
     sum = staticmethod(keras.ops.sum)
@@ -130,9 +117,14 @@ class KerasOperations:
     einsum = staticmethod(keras.ops.einsum)
 
     @staticmethod
+    def reshape(tensor: Any, shape: Sequence[int]) -> Any:
+        """Returns the tensor with another shape. Under PyTorch keras.ops.reshape takes 20 times as long."""
+        return tensor.reshape(tuple(shape))
+
+    @staticmethod
     def take(tensor: Any, indices: np.ndarray, axis: int = 0) -> Any:
         """Returns the entries of an axis."""
-        return keras.ops.take(tensor, indices, axis=axis)
+        return tensor[indices] if axis == 0 else keras.ops.take(tensor, indices, axis=axis)
 
     @staticmethod
     def convolve(images: Any, kernel: Any, strides: tuple[int, ...], dilation: tuple[int, ...]) -> Any:
@@ -194,38 +186,13 @@ class KerasOperations:
         unit = keras.ops.eye(matrices.shape[-1], dtype=dtype_of(matrices))
         return matrices - values[..., None] * unit
 
-    @staticmethod
-    def with_gradient(function: WithGradient, kernel: Any) -> Any:
-        """Returns the value of the function, with its own gradient. Twice differentiable."""
-        if keras.config.backend() == "torch" and not is_known(kernel):
-            # torch.func and torch.vmap do not know this kind of gradient.
-            return function(kernel)[0]
-
-        @keras.ops.custom_gradient
-        def value(kernel: Any) -> tuple:
-            with _full_precision():
-                found, gradient = function(kernel)
-
-            @not_compiled
-            def first_order(*arguments: Any, upstream: Any = None) -> Any:
-                if upstream is None:  # JAX passes only the derivative of what follows
-                    return arguments[0] * gradient()
-                # PyTorch passes the kernel too. What `function` computed is no part of the graph of a second
-                # derivative, for which PyTorch turns gradients on here.
-                is_twice = sys.modules["torch"].is_grad_enabled()
-                return upstream * (function(*arguments)[1] if is_twice else gradient)()
-
-            return found, first_order
-
-        return value(kernel)
-
 
 Operations = type[TensorFlowOperations] | type[KerasOperations]
 
 
 def operations_of(tensor: Any) -> Operations:
     """Returns the functions for tensors of this kind."""
-    return TensorFlowOperations if isinstance(tensor, tf.Tensor) else KerasOperations
+    return TensorFlowOperations if isinstance(tensor, (tf.Tensor, tf.Variable)) else KerasOperations
 
 
 def dtype_of(tensor: Any) -> str:
@@ -349,14 +316,14 @@ def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        with _full_precision():
+        with full_precision():
             return function(*arguments, **options)
 
     return call if keras.config.backend() == "torch" else function
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Turns `torch.autocast` off, which would compute matrix products in 16 bits."""
     with contextlib.ExitStack() as stack:
         if keras.config.backend() == "torch":

@@ -246,9 +246,8 @@ class Convolution:
     def from_groups(self, blocks: Any, xp: Any) -> Any:
         """Inverts `by_group`, for any shape of the spatial axes."""
         groups, g, h = self.blocks
-        blocks = xp.reshape(blocks, (-1, groups, g, h))
         if self.groups > 1:  # a depthwise kernel already has its groups in front of the filters
-            blocks = xp.transpose(blocks, (0, 2, 1, 3))
+            blocks = xp.transpose(xp.reshape(blocks, (-1, groups, g, h)), (0, 2, 1, 3))
         return xp.reshape(blocks, self.kernel_shape)
 
 

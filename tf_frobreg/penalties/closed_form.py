@@ -12,7 +12,7 @@ optimum. MMᵀ has the same form with outputs in place of inputs. The code uses 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,12 @@ from tf_frobreg.penalties.coincidence_classes import (
     joint_members,
     rows_and_columns,
 )
+from tf_frobreg.penalties.penalty_function import PenaltyFunction
 
 # Up to this many entries one combined member matrix is faster than two, which move the blocks twice.
 COMBINED = 4096
+# Up to this many entries one part with all classes takes less time to trace than two, for single numbers.
+COMBINED_WHOLE = 8192
 # Peak memory of value and gradient, in units of the blocks K[p, q] K[r, s]ᵀ: measured 2.8 for 7×7×512×512.
 BLOCK_COPIES = 3
 
@@ -45,15 +48,16 @@ def closed_form(conv: Convolution) -> "ClosedForm":
     side: Side = "input" if num_inputs <= num_outputs else "output"
     gram_size = min(num_inputs, num_outputs)
     # No tap meets the image of, for example, a single pixel under an even kernel with dilation 2.
-    parts = _build_parts(axes, side) if gram_size else ()
+    parts = _build_parts(axes, side, whole=(g if side == "input" else h) == 1) if gram_size else ()
     others = [rows_and_columns(axis, side) for axis in axes[1:]]
     other_rows = np.stack([np.atleast_2d(_kronecker(table[end] for table in others)) for end in (0, 1)])
-    return ClosedForm(conv, side, gram_size, parts, other_rows)
+    copies = _count_reached(axes, side) if all(axis.kernel_size == 1 for axis in axes) else 1
+    return ClosedForm(conv, side, gram_size, parts, other_rows, copies)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
-    """The classes on the diagonal of the first axis, or the classes off it. The two parts share no pair.
+    """The classes on the diagonal of the first axis, the classes off it, or all. Parts share no pair.
 
     Attributes:
         pairs: `(pairs, 2)`, the pairs (p, r) of the first axis.
@@ -73,6 +77,16 @@ class Part:
     weights: np.ndarray
     rows: np.ndarray
 
+    @cached_property
+    def members_of_gradient(self) -> tuple[np.ndarray, ...]:
+        """The transposed `members`, times 2 on the diagonal.
+
+        The part on the diagonal contains (r, p) with each (p, r). Both products of the gradient have the same
+        sum, so twice the first one suffices.
+        """
+        scale = 1.0 if self.target is None else 2.0
+        return scale * self.members[0].T, *(matrix.T for matrix in self.members[1:])
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClosedForm:
@@ -86,6 +100,7 @@ class ClosedForm:
         parts: The classes. Two classes that are each other's transpose on the first axis are counted once,
             with 2n places.
         other_rows: `rows` of the parts for all axes except the first together.
+        copies: How many equal blocks Gram consists of: one per pixel if the kernel has one tap, otherwise 1.
     """
 
     conv: Convolution
@@ -93,29 +108,37 @@ class ClosedForm:
     gram_size: int
     parts: tuple[Part, ...]
     other_rows: np.ndarray
+    copies: int
 
     def value(self, kernel: Any, alpha: float) -> Any:
-        """Returns ‖Gram − αI‖²_F, twice differentiable.
+        """Returns ‖Gram − αI‖²_F, twice differentiable."""
+        value = self.value_per_copy(kernel, alpha)
+        return value if self.copies == 1 else self.copies * value
+
+    def value_per_copy(self, kernel: Any, alpha: float, active: Any = True) -> Any:
+        """Returns `value` divided by `copies`, or 0 without computing it if `active` is false.
 
         It defines its own gradient, with fewer matrix products than automatic differentiation would take.
         """
+        if not self._has_one_tap:
+            return _penalty(self, alpha)(kernel, active)
+        ops = operations_of(kernel)
+        if self.conv.blocks[0] > 1:
+            kernel = ops.reshape(self.conv.by_group(kernel, ops), self.conv.blocks)
+        return _one_tap_penalty(self.side, alpha)(kernel, active)
+
+    def value_and_slope(self, kernel: Any, alpha: float) -> tuple[Any, Callable[[], Any]]:
+        """Returns ‖Gram − αI‖²_F, and a function that computes its derivative in the kernel."""
         ops = operations_of(kernel)
         if not self.parts:
-            return ops.sum(0.0 * kernel)
-
-        def value_and_gradient(kernel: Any) -> tuple[Any, Callable[[], Any]]:
-            taps, residuals = self._residuals(kernel, alpha, ops)
-            return _half_squares(residuals, ops), lambda: self._gradient(taps, residuals, ops)
-
-        return ops.with_gradient(value_and_gradient, kernel)
+            return ops.sum(0.0 * kernel), lambda: 0.0 * kernel
+        taps, residuals = self._residuals(kernel, alpha, ops)
+        return _half_squares(residuals, ops), lambda: self._gradient(taps, residuals, ops)
 
     def value_and_gradient(self, kernel: Any, alpha: float) -> tuple[Any, Any]:
         """Returns ‖Gram − αI‖²_F and its derivative in the kernel."""
-        ops = operations_of(kernel)
-        if not self.parts:
-            return ops.sum(0.0 * kernel), 0.0 * kernel
-        taps, residuals = self._residuals(kernel, alpha, ops)
-        return _half_squares(residuals, ops), self._gradient(taps, residuals, ops)
+        value, slope = self.value_and_slope(kernel, alpha)
+        return value, slope()
 
     def value_by_group(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
         """Returns the part of `value` that each group of the convolution adds, `(groups,)`."""
@@ -194,7 +217,7 @@ class ClosedForm:
             left, right = (_take(blocks, ends, ops) for ends in part.pairs.T)
             residual = _class_sums(part, left, right, ops)
             if part.target is not None:
-                target = alpha * ops.constant(part.target[:, None, None], kernel)
+                target = ops.constant(alpha * part.target[:, None, None], kernel)
                 residual = ops.subtract_from_diagonal(residual, target)
             taps.append((left, right))
             residuals.append(residual)
@@ -206,33 +229,57 @@ class ClosedForm:
         A pair (p, r) adds F K[r] to the gradient at p, and Fᵀ K[p] to the gradient at r. F is the weighted
         sum of the residuals of all classes that contain the pair.
         """
-        addends: list[list[Any]] = [[] for _ in range(self._first_size)]  # by tap of the first axis
+        products = []  # (their taps on the first axis, (taps, groups, rest * g, h))
         for part, (left, right), residual in zip(self.parts, taps, residuals, strict=True):
-            count, rest, groups, g, h = left.shape
-            # The part on the diagonal contains (r, p) with each (p, r). Both products have the same sum, so
-            # twice the first one suffices.
-            scale = 1.0 if part.target is None else 2.0
-            weights = [scale * part.members[0].T, *(m.T for m in part.members[1:])]
-            factors = _apply_kronecker(weights, residual, ops)
-            factors = ops.reshape(factors, (count, rest, rest, groups, g, g))
-            ends = [(part.pairs[:, 0], (0, 3, 1, 4, 2, 5), right)]
+            factors = _apply_kronecker(part.members_of_gradient, residual, ops)
+            products.append((part.pairs[:, 0], _multiply(factors, right, ops)))
             if part.target is None:
-                ends.append((part.pairs[:, 1], (0, 3, 2, 5, 1, 4), left))
-            for indices, order, other in ends:
-                products = ops.unstack(_multiply(ops.transpose(factors, order), other, ops))
-                for index, product in zip(indices, products, strict=True):
-                    addends[index].append(product)
-        unused = ops.zeros((groups, rest * g, h), dtype_of(residual))  # for taps that never meet the image
-        total = ops.stack([ops.add_in_order(products) if products else unused for products in addends])
-        total = ops.transpose(ops.reshape(total, (len(addends), groups, rest, g, h)), (0, 2, 1, 3, 4))
+                products.append((part.pairs[:, 1], _multiply(factors, left, ops, transposed=True)))
+        first, rest = self._first_size, right.shape[1]
+        groups, g, h = right.shape[2:]
+        total = _sum_by_tap(products, first, ops)
+        total = _rearrange(
+            total, (first, groups, rest, g, h), (0, 2, 1, 3, 4), (first, rest, groups, g, h), ops
+        )
         if self.side == "output":
             total = ops.swap_last_axes(total)
         return self.conv.from_groups(total, ops)
 
     @property
+    def _has_one_tap(self) -> bool:
+        return all(size == 1 for size in self.conv.kernel_size)
+
+    @property
     def _first_size(self) -> int:
         """Number of taps on the first axis."""
         return self.conv.kernel_size[0] if self.conv.kernel_size else 1
+
+
+@lru_cache(maxsize=64)
+def _one_tap_penalty(side: Side, alpha: float) -> PenaltyFunction:
+    """Returns `ClosedForm.value_per_copy` of kernels of one tap, (..., g, h) of any size.
+
+    Most kernels of many networks have one tap, and all of them share what TensorFlow traces.
+    """
+
+    def value_and_slope(blocks: Any) -> tuple[Any, Callable[[], Any]]:
+        ops = operations_of(blocks)
+        matrices = blocks if side == "input" else ops.swap_last_axes(blocks)
+        target = ops.constant(np.array([alpha]), blocks)
+        residual = ops.subtract_from_diagonal(ops.matmul_transposed(matrices, matrices), target)
+
+        def slope() -> Any:
+            return 4.0 * (ops.matmul(residual, blocks) if side == "input" else ops.matmul(blocks, residual))
+
+        return 2.0 * ops.half_square(residual), slope
+
+    return PenaltyFunction(value_and_slope, any_shape=True)
+
+
+@lru_cache(maxsize=1024)
+def _penalty(form: ClosedForm, alpha: float) -> PenaltyFunction:
+    """Returns `ClosedForm.value` as a function of the kernel, the same one each time, as its traces need."""
+    return PenaltyFunction(lambda kernel: form.value_and_slope(kernel, alpha))
 
 
 def _count_reached(axes: Sequence[Axis], side: Side) -> int:
@@ -241,29 +288,45 @@ def _count_reached(axes: Sequence[Axis], side: Side) -> int:
     return math.prod(int(c.counts[c.diagonal].sum()) for c in classes)
 
 
-def _build_parts(axes: Sequence[Axis], side: Side) -> tuple[Part, ...]:
-    """Returns the part on the diagonal and the part off it, without an empty one."""
-    first = coincidences(axes[0], side, half=True)
+def _build_parts(axes: Sequence[Axis], side: Side, *, whole: bool) -> tuple[Part, ...]:
+    """Returns the part on the diagonal and the part off it, without an empty one.
+
+    If `whole` is set and the matrices are small, one part holds all classes, each of them once.
+    """
+    first = coincidences(axes[0], side, half=not whole)
     rest = [coincidences(axis, side) for axis in axes[1:]]
     joint = joint_members(rest, [axis.kernel_size for axis in axes[1:]])
     joint = joint * np.sqrt(_kronecker(c.counts for c in rest))[:, None]
     on_diagonal = _kronecker(c.diagonal for c in rest)
-    rows = rows_and_columns(axes[0], side, half=True)
-    return tuple(
-        _build_part(first, rows, d, joint, on_diagonal) for d in (True, False) if d in first.diagonal
-    )
+    rows = rows_and_columns(axes[0], side, half=not whole)
+    limit = COMBINED
+    if whole:
+        limit = COMBINED_WHOLE
+        if first.members.size * joint.size > limit:
+            return _build_parts(axes, side, whole=False)
+        rows = rows * np.array([1.0, 0.0])[:, None, None]  # no class stands for its transpose too
+    chosen = [np.full_like(first.diagonal, True)] if whole else [first.diagonal, ~first.diagonal]
+    return tuple(_build_part(first, rows, c, joint, on_diagonal, limit) for c in chosen if c.any())
 
 
 def _build_part(
-    first: Coincidences, rows: np.ndarray, diagonal: bool, joint: np.ndarray, on_diagonal: np.ndarray
+    first: Coincidences,
+    rows: np.ndarray,
+    chosen: np.ndarray,
+    joint: np.ndarray,
+    on_diagonal: np.ndarray,
+    limit: int,
 ) -> Part:
-    """Returns one part, from the first axis and the weighted members of all other axes."""
-    chosen = first.diagonal == diagonal
+    """Returns the part of the chosen classes of the first axis, and of all classes of the other axes.
+
+    Its member matrices are combined if the product has at most `limit` entries.
+    """
     pairs = first.members[chosen].any(axis=0)
     members = first.members[chosen][:, pairs] * np.sqrt(2 * first.counts[chosen])[:, None]
-    target = np.kron(members.max(axis=1), joint.max(axis=1) * on_diagonal) if diagonal else None
     weights = np.kron(members.max(axis=1), joint.max(axis=1))
-    combine = members.size * joint.size <= COMBINED
+    on_both = np.kron(first.diagonal[chosen], on_diagonal)
+    target = weights * on_both if first.diagonal[chosen].any() else None
+    combine = members.size * joint.size <= limit
     matrices = (np.kron(members, joint),) if combine else (members, joint)
     return Part(first.pairs[pairs], matrices, target, weights, rows[:, :, chosen])
 
@@ -278,12 +341,14 @@ def _kronecker(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 def _class_sums(part: Part, left: Any, right: Any, ops: Operations) -> Any:
     """Returns √(2n) Σ left[p, q] right[r, s]ᵀ over the pairs of each class, (classes, groups, g, g)."""
-    left, right = left[:, :, None], right[:, None]
+    if left.shape[1] > 1:
+        left, right = ops.expand_dims(left, 2), ops.expand_dims(right, 1)
     if left.shape[-2] == 1:  # depthwise: many products of single numbers, which matmul multiplies slowly
         products = ops.sum(left * right, axis=-1, keepdims=True)
     else:
         products = ops.matmul_transposed(left, right)
-    return ops.reshape(_apply_kronecker(part.members, products, ops), (-1, *products.shape[-3:]))
+    classes = math.prod(matrix.shape[0] for matrix in part.members)
+    return ops.reshape(_apply_kronecker(part.members, products, ops), (classes, *products.shape[-3:]))
 
 
 def _inner(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
@@ -298,6 +363,8 @@ def _half_squares(residuals: Sequence[Any], ops: Operations) -> Any:
 
 def _apply_kronecker(matrices: Sequence[np.ndarray], blocks: Any, ops: Operations) -> Any:
     """Applies the Kronecker product of one or two matrices to the leading axes of `blocks`."""
+    if all(matrix.size == 1 for matrix in matrices):
+        return math.prod(matrix.item() for matrix in matrices) * blocks
     for number, matrix in enumerate(matrices):
         done = math.prod(m.shape[0] for m in matrices[:number])
         blocks = ops.reshape(blocks, (done, matrix.shape[1], -1) if number else (matrix.shape[1], -1))
@@ -305,19 +372,52 @@ def _apply_kronecker(matrices: Sequence[np.ndarray], blocks: Any, ops: Operation
     return blocks
 
 
-def _multiply(factors: Any, taps: Any, ops: Operations) -> Any:
-    """Returns factors (pairs, groups, q, g, s, g) times taps (pairs, s, groups, g, h).
+def _multiply(factors: Any, taps: Any, ops: Operations, *, transposed: bool = False) -> Any:
+    """Returns the products of factors (pairs, q, s, groups, g, g), with q and s in one axis or two, and taps.
 
-    The result has the shape (pairs, groups, q·g, h).
+    The taps are (pairs, s, groups, g, h), or (pairs, q, groups, g, h) for the transposed factors. The result
+    has the shape (pairs, groups, rest·g, h).
     """
-    count, groups, rest, g = factors.shape[:4]
-    taps = ops.reshape(ops.transpose(taps, (0, 2, 1, 3, 4)), (count, groups, rest * g, -1))
-    return ops.matmul(ops.reshape(factors, (count, groups, rest * g, rest * g)), taps)
+    count, rest, groups, g, h = taps.shape
+    order = (0, 3, 2, 5, 1, 4) if transposed else (0, 3, 1, 4, 2, 5)
+    size = rest * g
+    factors = _rearrange(factors, (count, rest, rest, groups, g, g), order, (count, groups, size, size), ops)
+    taps = _rearrange(taps, taps.shape, (0, 2, 1, 3, 4), (count, groups, size, h), ops)
+    return ops.matmul(factors, taps)
+
+
+def _sum_by_tap(products: Sequence[tuple[np.ndarray, Any]], count: int, ops: Operations) -> Any:
+    """Returns the sums of the products that belong to each of `count` taps, from (their taps, products)."""
+    whole = [product for taps, product in products if np.array_equal(taps, np.arange(count))]
+    addends: list[list[Any]] = [[] for _ in range(count)]
+    for taps, product in products:
+        if not any(product is one for one in whole):
+            for tap, own in zip(taps, ops.unstack(product), strict=True):
+                addends[tap].append(own)
+    if any(addends):
+        unused = ops.zeros(
+            products[0][1].shape[1:], dtype_of(products[0][1])
+        )  # a tap that never meets the image
+        whole.append(ops.stack([ops.add_in_order(own) if own else unused for own in addends]))
+    return ops.add_in_order(whole)
+
+
+def _rearrange(
+    tensor: Any, split: Sequence[int], order: Sequence[int], joined: Sequence[int], ops: Operations
+) -> Any:
+    """Returns the tensor reshaped to `split`, transposed to `order` and reshaped to `joined`.
+
+    If the order moves only axes of length 1, one reshape does it.
+    """
+    moved = [axis for axis in order if split[axis] != 1]
+    if moved != sorted(moved):
+        tensor = ops.transpose(ops.reshape(tensor, split), order)
+    return ops.reshape(tensor, joined)
 
 
 def _take(blocks: Any, indices: np.ndarray, ops: Operations) -> Any:
     """Returns the blocks at the indices. Consecutive ones are a slice, which copies nothing."""
     start, stop = int(indices[0]), int(indices[0]) + len(indices)
     if np.array_equal(indices, np.arange(start, stop)):
-        return blocks[start:stop]
+        return blocks if len(indices) == blocks.shape[0] else blocks[start:stop]
     return ops.take(blocks, indices)

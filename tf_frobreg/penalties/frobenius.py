@@ -13,6 +13,7 @@ from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import convolution_of, kernel_and_convolution
 from tf_frobreg.penalties import explicit_form
 from tf_frobreg.penalties.closed_form import ClosedForm, closed_form
+from tf_frobreg.penalties.penalty_function import evaluate_if
 
 __all__ = ["frobenius_gradient", "frobenius_penalty", "penalty_excess", "penalty_floor"]
 
@@ -61,6 +62,16 @@ class FrobeniusPenalty:
             check_tensorflow('method="sparse"', kernel)
             return explicit_form.penalty(kernel, self.conv, self.alpha)
         return self.excess(kernel) + self.floor
+
+    def value_if(self, active: Any, kernel: Any) -> tuple[Any, float]:
+        """Returns a scalar and a number, the product of which is R_α.
+
+        If `active` is false, nothing is computed and the scalar means nothing. See `PenaltyFunction`.
+        """
+        if self.method == "sparse":
+            return evaluate_if(active, self.value, kernel), 1.0
+        value, copies = self._closed_form.value_per_copy(kernel, self.alpha, active), self._closed_form.copies
+        return (value + self.floor / copies if self.floor else value), float(copies)
 
     def excess(self, kernel: Any) -> Any:
         """Returns R_α − floor."""

@@ -68,7 +68,7 @@ def clip(kernel: Any, conv: Convolution, low: float, high: float) -> Any:
     """Returns `clip_singular_values` of checked arguments, except that it checks `conv`."""
     _check_operator(conv)
     rank = len(conv.kernel_size)
-    spectrum = keras.ops.cast(conv.by_group(kernel, KerasOperations), f"complex{16 * itemsize(kernel)}")
+    spectrum = keras.ops.cast(conv.by_group(kernel, keras.ops), f"complex{16 * itemsize(kernel)}")
     # The position of the taps changes only the phase of each frequency, and no singular value.
     for number, axis in enumerate(conv.axes):
         phases = _fourier(axis, half=number == rank - 1)
@@ -80,7 +80,7 @@ def clip(kernel: Any, conv: Convolution, low: float, high: float) -> Any:
     taps = (left * sigma[..., None, :]) @ right
     for number, axis in enumerate(conv.axes):
         taps = _along(number, _inverse_fourier(axis, half=number == rank - 1), taps)
-    return conv.from_groups(keras.ops.real(taps), KerasOperations)
+    return conv.from_groups(keras.ops.real(taps), keras.ops)
 
 
 def _fourier(axis: Axis, *, half: bool) -> np.ndarray:
