@@ -58,7 +58,7 @@ GROUPS = {
     ),
     "Callbacks": (
         "Callbacks for `fit`. See notebook 02.",
-        ("SingularValueMonitor", "FactorSchedule"),
+        ("SingularValueMonitor", "FactorSchedule", "LazyPenalty"),
     ),
     "Figures": (
         "Figures of singular values, descents and trainings.",

@@ -12,6 +12,7 @@ from tf_frobreg.keras.constraints import SingularValueClip
 from tf_frobreg.keras.factor_schedule import FactorSchedule
 from tf_frobreg.keras.function_regularizer import FunctionRegularizer
 from tf_frobreg.keras.initializers import FrobeniusInitializer
+from tf_frobreg.keras.lazy_penalty import LazyPenalty
 from tf_frobreg.keras.regularizers import (
     FrobeniusRegularizer,
     ReshapedRegularizer,
@@ -52,6 +53,7 @@ __all__ = [
     "FunctionRegularizer",
     "Geometry",
     "KernelSpectrum",
+    "LazyPenalty",
     "ModelDescent",
     "ModelSpectrum",
     "ReshapedRegularizer",

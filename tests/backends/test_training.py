@@ -16,6 +16,7 @@ import tf_frobreg
 from tf_frobreg import (
     FactorSchedule,
     FrobeniusInitializer,
+    LazyPenalty,
     SingularValueClip,
     SingularValueMonitor,
     SpectralRegularizer,
@@ -143,6 +144,109 @@ def test_a_schedule_takes_effect(unit):
     assert [weight.path for weight in model.weights] == names  # what is saved does not change
     again = reference.train(model, [FactorSchedule(lambda n: 2.0)], steps=1)
     assert again[0] == pytest.approx(plain + 2 * total, rel=1e-5)
+
+
+class Watch(keras.callbacks.Callback):
+    """Keeps the loss of each step, and evaluates the model after the second one."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses, self.evaluated = [], []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._sum, self._count = 0.0, 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._count += 1
+        self.losses.append(self._count * float(logs["loss"]) - self._sum)
+        self._sum += self.losses[-1]
+        if len(self.losses) == 2:
+            self.evaluated = reference.penalties(self.model)
+
+
+def still(penalty="frobenius", **options):
+    """A model whose optimizer does nothing."""
+    model = reference.start(penalty, 0.1, **options)
+    model.optimizer.learning_rate = 0.0
+    return model
+
+
+def lazy_losses(model, *callbacks, batch_size=4, epochs=2):
+    """The losses of steps and epochs, of 16 images."""
+    watch = Watch()
+    options = {"batch_size": batch_size, "epochs": epochs, "shuffle": False, "verbose": 0}
+    history = model.fit(*reference.data(), callbacks=[*callbacks, watch], **options).history
+    return np.array(watch.losses), history["loss"], watch.evaluated
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of much
+@pytest.mark.parametrize(
+    ("penalty", "options"),
+    [*(("frobenius", mode) for mode in MODES), ("reshaped", {}), ("frobenius", {"steps_per_execution": 2})],
+    ids=str,
+)
+def test_every_third_step_has_the_penalties(penalty, options):
+    """The losses of a model whose optimizer does nothing show the weights. Elsewhere they are ordinary."""
+    if BACKEND == "torch" and "steps_per_execution" in options:
+        pytest.skip("Keras has no such option with PyTorch")
+    model = still(penalty, **options)
+    total, before = reference.penalties(model), model.evaluate(*reference.data(), verbose=0)
+    size = 16 // (4 * options.get("steps_per_execution", 1))  # of the batches, for four steps
+    plain, epochs, _ = lazy_losses(model, batch_size=size, epochs=2)
+    model.optimizer.iterations.assign(0)
+    lazy, again, seen = lazy_losses(model, LazyPenalty(3), batch_size=size, epochs=2)
+    np.testing.assert_allclose(1 + (lazy - plain) / sum(total), [3, 0, 0, 3, 0, 0, 3, 0], atol=1e-3)
+    np.testing.assert_allclose(again, epochs, rtol=1e-5)
+    np.testing.assert_allclose(seen, total, rtol=1e-6)
+    assert model.evaluate(*reference.data(), verbose=0) == pytest.approx(before, rel=1e-6)
+
+
+def test_batches_of_unequal_size():
+    model = still()
+    _, epochs, _ = lazy_losses(model, batch_size=6)
+    model.optimizer.iterations.assign(0)
+    np.testing.assert_allclose(lazy_losses(model, LazyPenalty(2), batch_size=6)[1], epochs, rtol=1e-5)
+
+
+def test_a_schedule_beside_a_lazy_penalty():
+    model = still()
+    total = sum(reference.penalties(model))
+    plain = lazy_losses(model)[0]
+    model.optimizer.iterations.assign(0)
+    schedule = FactorSchedule(lambda step: 0.5 + step, unit="step")
+    lazy = lazy_losses(model, LazyPenalty(3), schedule)[0]
+    expected = np.array([3, 0, 0, 3, 0, 0, 3, 0]) * (0.5 + np.arange(8))
+    np.testing.assert_allclose(1 + (lazy - plain) / total, expected, atol=1e-2)
+    assert model.get_layer("conv").kernel_regularizer.scale == 7.5
+
+
+def test_every_step_is_the_ordinary_training():
+    plain, lazy = reference.start(), reference.start()
+    np.testing.assert_allclose(reference.train(lazy, [LazyPenalty(1)]), reference.train(plain), rtol=1e-6)
+    for left, right in zip(plain.get_weights(), lazy.get_weights(), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-7)
+
+
+class Interrupts(keras.callbacks.Callback):
+    """Interrupts the training after a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_an_interruption_leaves_the_ordinary_penalties(step):
+    model = still()
+    before = model.evaluate(*reference.data(), verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        lazy_losses(model, LazyPenalty(3), Interrupts(step))
+    assert model.evaluate(*reference.data(), verbose=0) == pytest.approx(before, rel=1e-6)
+    assert reference.train(model, steps=1)[0] == pytest.approx(before, rel=1e-5)
 
 
 def test_a_monitor_sees_the_kernels_of_each_step():

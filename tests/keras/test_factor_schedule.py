@@ -15,6 +15,8 @@ from tf_frobreg import (
     SumRegularizer,
     attach_regularizers,
 )
+from tf_frobreg.keras import model_weight
+from tf_frobreg.keras.model_weight import ModelWeight
 
 LAYERS = keras.layers
 
@@ -69,8 +71,12 @@ def test_every_penalty_has_a_scale(penalty):
     kernel = tf.constant(np.random.RandomState(0).randn(3, 3, 2, 4), tf.float32)
     half = type(penalty).from_config(penalty.get_config() | {"scale": 0.5})
     assert float(half(kernel)) == pytest.approx(0.5 * float(penalty(kernel)), rel=1e-4)
-    assert penalty.make_adjustable()
-    assert not penalty.make_adjustable()
+    weight = ModelWeight()
+    weight.make_variable()
+    weight.set_scale(0.25)
+    half.take_scale(weight)
+    assert float(half(kernel)) == pytest.approx(0.25 * float(penalty(kernel)), rel=1e-4)
+    assert half.get_config()["scale"] == 0.25
     penalty.scale = 0.25
     assert penalty.get_config()["scale"] == 0.25
     with pytest.raises(ValueError, match="scale must be a finite number at least 0"):
@@ -205,3 +211,99 @@ def test_a_penalty_that_was_replaced_is_left_alone():
     report = attach_regularizers(model, 0.1, include="conv", existing="replace")
     fit_epochs(model, FactorSchedule(lambda epoch: 0.25), epochs=1)
     assert (report.attached["conv"].scale, old.scale) == (0.25, 1.0)
+
+
+def three_penalties(**options):
+    """A model with three penalties, each with its own scale."""
+    layers = [
+        LAYERS.Conv2D(3, 3, kernel_regularizer=FrobeniusRegularizer(8, 0.5, padding="valid", scale=0.5)),
+        LAYERS.Conv2D(2, 1, kernel_regularizer=SpectralRegularizer(6, 0.5, power_steps=60, scale=2.0)),
+        LAYERS.Flatten(),
+        LAYERS.Dense(1, kernel_regularizer=ReshapedRegularizer(0.5)),
+    ]
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((8, 8, 2)), *layers])
+    model.compile(keras.optimizers.SGD(0.0), "mse", **options)
+    return model
+
+
+def test_one_variable_for_all_penalties_of_a_model(monkeypatch):
+    """It is made once, and each step that changes the number assigns it once."""
+    made, assigned = [], []
+    new_variable = model_weight.new_variable
+
+    def new(value, name):
+        variable = new_variable(value, name)
+        assign = variable.assign
+        variable.assign = lambda value: assigned.append(value) or assign(value)
+        made.append(name)
+        return variable
+
+    monkeypatch.setattr(model_weight, "new_variable", new)
+    model = three_penalties()
+    numbers = [1.0, 2.0, 2.0, 0.0, 0.0, 3.0, 1.0, 1.0]
+    fit_epochs(model, FactorSchedule(lambda step: numbers[step], unit="step"), epochs=2)
+    assert made == ["penalty_scale"]
+    assert assigned == [2.0, 0.0, 3.0, 1.0]
+    scales = [layer.kernel_regularizer.scale for layer in model.layers if hasattr(layer, "kernel")]
+    assert scales == [1.0] * 3
+    model.optimizer.iterations.assign(0)
+    fit_epochs(model, FactorSchedule(lambda step: 4.0, unit="step"), epochs=2)
+    assert (len(made), assigned[4:]) == (1, [4.0])
+
+
+def test_a_scale_set_by_hand_after_a_schedule():
+    """It holds for its penalty alone. The others keep what the schedule left."""
+    model = three_penalties()
+    layers = [layer for layer in model.layers if hasattr(layer, "kernel")]
+    fit_epochs(model, FactorSchedule(lambda epoch: 2.0), epochs=1)
+    before = [float(loss) for loss in model.losses]
+    layers[0].kernel_regularizer.scale = 6.0
+    expected = [3 * before[0], before[1], before[2]]
+    assert [float(loss) for loss in model.losses] == pytest.approx(expected, rel=1e-4)
+    assert [layer.kernel_regularizer.get_config().get("scale", 1.0) for layer in layers] == [6.0, 2.0, 2.0]
+    fit_epochs(model, FactorSchedule(lambda epoch: 0.5), epochs=1)
+    assert [float(loss) for loss in model.losses] == pytest.approx([0.25 * one for one in before], rel=1e-4)
+    assert layers[0].kernel_regularizer.scale == 0.5
+
+
+def shared_models():
+    """Two models with one penalty, and a penalty of its own for the second one."""
+    shared, models = FrobeniusRegularizer(8, 1.0, padding="valid"), []
+    for own in (None, ReshapedRegularizer(1.0)):
+        layers = [LAYERS.Conv2D(4, 3, kernel_regularizer=shared), LAYERS.Flatten()]
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input((8, 8, 2)), *layers, LAYERS.Dense(1, kernel_regularizer=own)])
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        models.append(model)
+    return models
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_models_that_share_a_penalty(first):
+    """Each training counts the penalties with its own schedule, whichever came before."""
+    models = shared_models()
+    penalties = [sum(map(float, model.losses)) for model in models]
+    plain = [
+        fit_epochs(model, epochs=1)["loss"][0] - penalty
+        for model, penalty in zip(models, penalties, strict=True)
+    ]
+    for number, scale in ((first, 2.0), (1 - first, 3.0), (first, 0.0), (1 - first, 0.5)):
+        losses = fit_epochs(models[number], FactorSchedule(lambda epoch, scale=scale: scale), epochs=2)[
+            "loss"
+        ]
+        assert losses == pytest.approx([plain[number] + scale * penalties[number]] * 2, rel=1e-4)
+        assert sum(map(float, models[number].losses)) == pytest.approx(scale * penalties[number], rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=stable_id)
+def test_a_scale_of_zero_hides_a_kernel_that_is_not_finite(options):
+    """While the weight is 0, a penalty that would be infinite does not reach the loss."""
+    model = penalised_model(**options)
+    model.optimizer.learning_rate = 0.0
+    huge = FrobeniusRegularizer(8, 1.0)
+    model.get_layer("conv").kernel.regularizer = huge
+    model.get_layer("conv").kernel.assign(1e12 * model.get_layer("conv").kernel)  # its 4th power is infinite
+    loss = fit_epochs(model, FactorSchedule(lambda epoch: float(epoch)), epochs=2)["loss"]
+    assert np.isfinite(loss[0])
+    assert np.isinf(loss[1])

@@ -21,6 +21,7 @@ from tf_frobreg import (
     penalty_excess,
     singular_values,
 )
+from tf_frobreg.keras.model_weight import ModelWeight
 from tf_frobreg.keras.sum_regularizer import regularizer_parts
 
 
@@ -322,9 +323,10 @@ def test_a_regularizer_shows_its_values(regularizer, text):
 
 
 def test_a_regularizer_with_a_schedule_shows_its_scale_while_a_function_is_traced():
-    regularizer = ReshapedRegularizer()
-    regularizer.make_adjustable()
-    regularizer.scale = 3.0
+    regularizer, weight = ReshapedRegularizer(), ModelWeight()
+    weight.make_variable()
+    weight.set_scale(3.0)
+    regularizer.take_scale(weight)
     found = []
     tf.function(lambda: found.append(repr(regularizer)))()
     assert found == ["ReshapedRegularizer(factor=0.01, alpha=1.0, scale=3.0)"]

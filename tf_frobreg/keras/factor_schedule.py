@@ -1,15 +1,14 @@
 """A Keras callback that changes the factor of penalties during training."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from tf_frobreg.backends import to_array
 from tf_frobreg.checks import check_choice, check_number
-from tf_frobreg.keras.read_layers import flat_layers
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer
-from tf_frobreg.keras.sum_regularizer import SumRegularizer
+from tf_frobreg.keras.shared_weight import find_penalties, forget_functions, share_weight
 from tf_frobreg.keras.training_backend import keep_in_state, scope_of
 
 __all__ = ["FactorSchedule"]
@@ -61,17 +60,14 @@ class FactorSchedule(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         """Finds the penalties. Keras builds its training function after this call."""
         super().set_model(model)
-        self._penalties = _find_penalties(model)
-        if not self._penalties:
-            raise ValueError(
-                "FactorSchedule needs a model with a penalty of this package, see attach_regularizers. "
-                f"Received: {model!r}"
-            )
-        with scope_of(model):
-            changed = [penalty.make_adjustable() for penalty in self._penalties]
-        changed += [keep_in_state(model, penalty.scale_variable) for penalty in self._penalties]
-        if any(changed):  # a function traced earlier holds the old number
-            model.train_function = model.test_function = None
+        self._penalties = find_penalties(model, type(self).__name__)
+        self._weight = share_weight(model, self._penalties)
+        if self._weight.variable is None:
+            with scope_of(model):
+                self._weight.make_variable()
+        if keep_in_state(model, self._weight.variable) or model not in self._weight.models:
+            forget_functions(model)  # which read another variable, or numbers
+        self._weight.models.add(model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sets the multiplier of an epoch."""
@@ -87,29 +83,6 @@ class FactorSchedule(keras.callbacks.Callback):
         scale = check_number(f"schedule({number})", self.schedule(number))
         # Under JAX `self.model` gives the variables their values back, which a training step takes away.
         _ = self.model
+        self._weight.set_scale(scale)
         for penalty in self._penalties:
-            penalty.scale = scale
-
-
-def _find_penalties(model: keras.Model) -> list[WeightedRegularizer]:
-    """Returns each penalty of the model once, also if several variables share it.
-
-    Keras adds up the regularizers of the variables. A layer can also call a regularizer that it holds, and
-    it saves those that it was given.
-    """
-    stack: list[Any] = [getattr(variable, "regularizer", None) for variable in model.variables]
-    stack += [value for layer in flat_layers(model) for value in vars(layer).values()]
-    found: dict[int, Any] = {}
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Mapping):
-            stack += value.values()
-        elif isinstance(value, (list, tuple)):
-            stack += value
-        elif isinstance(value, SumRegularizer):
-            stack += value.regularizers  # not what the sum has replaced
-        elif isinstance(value, keras.regularizers.Regularizer) and id(value) not in found:
-            found[id(value)] = value
-            if not isinstance(value, WeightedRegularizer):  # a class of the user may hold others
-                stack += vars(value).values()
-    return [value for value in found.values() if isinstance(value, WeightedRegularizer)]
+            penalty.take_scale(self._weight)

@@ -11,10 +11,10 @@ import tensorflow as tf
 
 from tf_frobreg.backends import dtype_of
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer, function_name
 from tf_frobreg.keras.training_backend import try_gradient
+from tf_frobreg.penalties.penalty_function import evaluate_if
 
 __all__ = ["FunctionRegularizer"]
 
@@ -81,10 +81,14 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
         self.function = check_function("function", function)
         self.take_geometry(input_size, geometry)
 
-    def __call__(self, x: Any) -> Any:
-        """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        kernel = as_kernel(x, check_finite=False)
-        result = self.function(kernel, self.convolution(kernel.shape))
+    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
+        """Returns the result of the function and 1."""
+        conv = self.convolution(kernel.shape)
+        return evaluate_if(active, lambda kernel: self._result(kernel, conv), kernel), 1.0
+
+    def _result(self, kernel: Any, conv: Convolution) -> Any:
+        """Returns the result of the function, or raises an error if it is not a scalar of Keras' backend."""
+        result = self.function(kernel, conv)
         if isinstance(result, tf.Tensor) and not keras.ops.is_tensor(result):  # it would have no gradient
             raise ValueError(
                 f"function {function_name(self.function)} must return a tensor of Keras' backend, "
@@ -99,7 +103,7 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
             raise ValueError(
                 f"function {function_name(self.function)} must return a scalar. Received: {found}"
             )
-        return self.weight(dtype_of(value)) * value
+        return value
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""

@@ -9,10 +9,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_frobreg.backends import dtype_of, not_compiled
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry
+from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
-from tf_frobreg.keras.training_backend import new_variable
+from tf_frobreg.keras.model_weight import ModelWeight
+from tf_frobreg.penalties.penalty_function import nothing
 
 # Arguments that the repr of a regularizer shows also if they have their default.
 ALWAYS_SHOWN = ("input_size", "factor", "alpha")
@@ -96,6 +99,8 @@ def check_constant(name: str, value: Any, *, exclusive: bool = False) -> float:
 class WeightedRegularizer(Replacement):
     """A penalty times `factor` times `scale`, a number that `FactorSchedule` changes. Internal.
 
+    A subclass computes the penalty in `evaluate`.
+
     Args:
         factor: Weight of the penalty, at least 0.
         scale: Multiplier of `factor`, at least 0.
@@ -104,35 +109,52 @@ class WeightedRegularizer(Replacement):
     def __init__(self, factor: float, scale: float) -> None:
         self.factor = check_constant("factor", factor)
         self._scale = check_constant("scale", scale)
-        self.scale_variable: Any = None  # for traced functions, see `make_adjustable`
+        self.model_weight: ModelWeight | None = None  # what the callbacks of a training change
+
+    @not_compiled
+    def __call__(self, x: Any) -> Any:
+        """Returns the penalty of the kernel `x`, a scalar of its dtype. A weight of 0 computes nothing."""
+        shared = self.model_weight
+        if shared is not None and shared.is_off:
+            return nothing(x)
+        kernel = as_kernel(x, check_finite=False)  # a diverging training shows a NaN loss and goes on
+        weight: Any = self.factor * (self._scale if shared is None or shared.scale is None else 1.0)
+        if shared is not None and weight:
+            weight = weight * shared.read(dtype_of(kernel))
+        value, times = self.evaluate(x, kernel, weight != 0.0 if isinstance(weight, float) else weight > 0)
+        return weight * times * value
+
+    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
+        """Returns a scalar of the kernel's dtype and a number, the product of which is the penalty.
+
+        Args:
+            x: What Keras passes: the variable of the kernel, or its value.
+            kernel: The value.
+            active: Whether the penalty counts: a bool or, in a function that is being traced, a tensor. If it
+                is false, nothing must be computed. The result is then multiplied by 0.
+        """
+        raise NotImplementedError
 
     @property
     def scale(self) -> float:
-        """Multiplier of `factor`. Traced functions see a change only after `make_adjustable`."""
+        """Multiplier of `factor`. Only a change by `FactorSchedule` reaches functions traced before."""
         return self._scale
 
     @scale.setter
     def scale(self, value: float) -> None:
         self._scale = check_number("scale", value)
-        if self.scale_variable is not None:
-            self.scale_variable.assign(self._scale)
+        if self.model_weight is not None and self.model_weight.scale is not None:
+            self.model_weight = None  # which has the number of all penalties of the model
 
-    def make_adjustable(self) -> bool:
-        """Puts `scale` into a variable, which traced functions read. Returns False if it was in one."""
-        if self.scale_variable is not None:
-            return False
-        self.scale_variable = new_variable(np.asarray(self._scale), "penalty_scale")
-        return True
-
-    def weight(self, dtype: str) -> Any:
-        """Returns factor·scale: a plain number, or a tensor of `dtype` if `scale` is in a variable."""
-        if self.scale_variable is None:
-            return self.factor * self._scale
-        return keras.ops.cast(self.factor * keras.ops.convert_to_tensor(self.scale_variable), dtype)
+    def take_scale(self, weight: ModelWeight) -> None:
+        """Takes part in a model's weight, with its `scale`."""
+        self.model_weight = weight
+        if weight.scale is not None:
+            self._scale = weight.scale
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values, with `scale` only if it is not 1."""
         return {"factor": self.factor} | ({} if self.scale == 1.0 else {"scale": self.scale})
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"scale_variable": None}  # a copy does not share the variable
+        return self.__dict__ | {"model_weight": None}  # a copy does not share the variable

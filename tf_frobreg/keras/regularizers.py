@@ -5,14 +5,14 @@ from typing import Any, Unpack
 
 import keras
 
-from tf_frobreg.backends import dtype_of, not_compiled
+from tf_frobreg.backends import dtype_of
 from tf_frobreg.checks import check_choice, check_integer
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
-from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer, check_constant
 from tf_frobreg.keras.training_backend import new_variable
 from tf_frobreg.penalties.frobenius import METHODS, FrobeniusPenalty
+from tf_frobreg.penalties.penalty_function import evaluate_if
 from tf_frobreg.penalties.reshaped import evaluate_reshaped
 from tf_frobreg.penalties.two_norm import check_gram, power_iteration, start_vector
 
@@ -91,13 +91,11 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
         )
         self.take_geometry(input_size, geometry)
 
-    @not_compiled
-    def __call__(self, x: Any) -> Any:
-        """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        kernel = as_kernel(x, check_finite=False)  # a diverging training shows a NaN loss and goes on
+    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
+        """Returns a scalar and a number, the product of which is the penalty."""
         conv = self.convolution(kernel.shape)
-        penalty = FrobeniusPenalty(conv, self.alpha, self.method).value(kernel)
-        return self.weight(dtype_of(penalty)) / (conv.shape[1] if self.reduction == "mean" else 1) * penalty
+        value, times = FrobeniusPenalty(conv, self.alpha, self.method).value_if(active, kernel)
+        return value, times / (conv.shape[1] if self.reduction == "mean" else 1)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
@@ -165,22 +163,23 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
         # Maps each kernel to (weak reference to the kernel or None, variable with its vector).
         self._vectors: dict[Any, tuple[weakref.ref | None, Any]] = {}
 
-    @not_compiled
-    def __call__(self, x: Any) -> Any:
-        """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        kernel = as_kernel(x, check_finite=False)
+    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
+        """Returns the penalty and 1."""
         conv = self.convolution(kernel.shape)
         vector = self._vector(x, dtype_of(kernel), conv)
+        return evaluate_if(active, lambda kernel: self._iterate(kernel, vector, conv), kernel), 1.0
+
+    def _iterate(self, kernel: Any, vector: Any, conv: Convolution) -> Any:
+        """Returns the penalty, and keeps the vector that its power steps reach."""
         if vector is None:
             start = keras.ops.convert_to_tensor(start_vector(conv, self.gram, dtype_of(kernel)))
             steps = max(self.power_steps, STEPS_WITHOUT_STATE)
-            value, _ = power_iteration(kernel, start, conv, self.alpha, self.gram, steps)
-        else:
-            start = keras.ops.convert_to_tensor(vector)
-            value, new = power_iteration(kernel, start, conv, self.alpha, self.gram, self.power_steps)
-            # A NaN loss of a diverging training must not stay in the vector.
-            vector.assign(keras.ops.where(keras.ops.isfinite(value), new, start))
-        return self.weight(dtype_of(value)) * value
+            return power_iteration(kernel, start, conv, self.alpha, self.gram, steps)[0]
+        start = keras.ops.convert_to_tensor(vector)
+        value, new = power_iteration(kernel, start, conv, self.alpha, self.gram, self.power_steps)
+        # A NaN loss of a diverging training must not stay in the vector.
+        vector.assign(keras.ops.where(keras.ops.isfinite(value), new, start))
+        return value
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
@@ -240,10 +239,9 @@ class ReshapedRegularizer(WeightedRegularizer):
         super().__init__(factor, scale)
         self.alpha = check_constant("alpha", alpha, exclusive=True)
 
-    def __call__(self, x: Any) -> Any:
-        """Returns the penalty of the kernel `x`, a scalar of its dtype."""
-        penalty = evaluate_reshaped(as_kernel(x, check_finite=False), self.alpha)
-        return self.weight(dtype_of(penalty)) * penalty
+    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
+        """Returns the penalty and 1."""
+        return evaluate_if(active, lambda kernel: evaluate_reshaped(kernel, self.alpha), kernel), 1.0
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""

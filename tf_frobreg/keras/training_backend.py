@@ -48,6 +48,38 @@ def keep_in_state(model: keras.Model, variable: Any) -> bool:
     return True
 
 
+def count_samples(model: keras.Model, arguments: Sequence[Any] = ()) -> Any:
+    """Returns the number of samples that the loss of this epoch is the mean of, or 0 if Keras does not count.
+
+    Args:
+        model: The model.
+        arguments: Under JAX, what a training step takes, or what it returns beside its logs: the first is the
+            state of the model. Without it the model's own variables are read.
+    """
+    counts = [metric.count for metric in model.metrics if metric.name == "loss" and hasattr(metric, "count")]
+    if not counts:
+        return 0.0
+    if keras.config.backend() != "jax" or not arguments:
+        # A new tensor, because PyTorch changes the old one. Reading the number would wait for the step.
+        return keras.ops.convert_to_tensor(counts[0]) + 0.0
+    places = [place for place, variable in enumerate(model.metrics_variables) if variable is counts[0]]
+    return arguments[0][3][places[0]] + 0.0  # the step deletes what it takes
+
+
+def new_training_function(model: keras.Model) -> Callable[..., Any]:
+    """Returns a training function of a compiled model that Keras has not traced. The model keeps its own."""
+    own = model.train_function
+    # JAX remembers what it has traced of a method of the model, so this is another function.
+    step = model.train_step
+    model.train_step = lambda *arguments: step(*arguments)
+    try:
+        model.make_train_function(force=True)
+        return model.train_function
+    finally:
+        del model.train_step
+        model.train_function = own
+
+
 def gradient_function(
     function: Callable[[], Any], variables: Sequence[keras.Variable], others: Sequence[keras.Variable]
 ) -> Callable[[], list[Any]]:
