@@ -17,7 +17,7 @@ import pytest
 from tf_frobreg.cli import main
 
 ROOT = Path(__file__).parents[1]
-STUDIES = ["study_deep", "study_generalization", "study_factor", "landscape"]
+STUDIES = ["study_deep", "study_generalization", "study_factor", "study_lazy", "landscape"]
 RESULTS = ROOT / "examples" / "results"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 pytestmark = pytest.mark.slow
@@ -213,6 +213,22 @@ def test_results_are_of_the_study_as_it_stands(study, figure, tmp_path):
     )  # would miss the data, did it run anything
     assert (tmp_path / f"{study}.csv").read_bytes() == runs
     assert (tmp_path / figure).exists()
+
+
+def test_lazy_results_follow_the_theory_of_momentum():
+    """A run of SGD fails if and only if n steps of it enlarge a weight with the penalty's curvature, 8."""
+    with (RESULTS / "study_lazy.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["optimizer"] == "SGD"]
+    failed = {True: 0, False: 0}
+    for row in rows:
+        rate, factor, every = float(row["rate"]), float(row["factor"]), int(row["every"])
+        free = np.array([[1, 0.9], [0, 0.9]])  # (weight, momentum) after a step without the penalty
+        pressed = free - rate * factor * every * 8 * np.array([[1, 0], [1, 0]])
+        steps = np.linalg.matrix_power(free, every - 1) @ pressed
+        grows = bool(np.abs(np.linalg.eigvals(steps)).max() > 1 + 1e-9)
+        failed[grows] += 1
+        assert (row["accuracy"] == "nan") == grows, row
+    assert min(failed.values()) > 10
 
 
 @with_data
