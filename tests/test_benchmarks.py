@@ -17,7 +17,7 @@ def test_benchmark_prints_its_tables(script):
     options = {
         "closed_form.py": ["--quick", "--largest", "64"],
         "calls.py": [],
-        "overhead.py": ["--quick", "--networks", "ResNet50", "MobileNetV2"],
+        "overhead.py": ["--quick", "--fit"],
     }.get(script, ["--quick"])
     command = [sys.executable, str(ROOT / "tests" / "benchmarks" / script), *options]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -25,7 +25,7 @@ def test_benchmark_prints_its_tables(script):
         "calls.py": ("calls", "attach_regularizers", "regularize_kernel"),
         "closed_form.py": ("3×3×16×16", "512×512"),
         "descent.py": ("3×3×6×3", "3×3×64×64"),
-        "overhead.py": ("ResNet50", "MobileNetV2"),
+        "overhead.py": ("A training step", "First step", "model.fit", "MobileNetV2"),
         "whole_models.py": ("MobileNetV2", "96×96"),
         "spectrum.py": ("16×16", "regularized", "MB the whole process"),
     }
