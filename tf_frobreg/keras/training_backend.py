@@ -68,7 +68,7 @@ def count_samples(model: keras.Model, arguments: Sequence[Any] = ()) -> Any:
 
 def new_training_function(model: keras.Model) -> Callable[..., Any]:
     """Returns a training function of a compiled model that Keras has not traced. The model keeps its own."""
-    own = model.train_function
+    own, own_step = model.train_function, vars(model).get("train_step")
     # JAX remembers what it has traced of a method of the model, so this is another function.
     step = model.train_step
     model.train_step = lambda *arguments: step(*arguments)
@@ -77,6 +77,8 @@ def new_training_function(model: keras.Model) -> Callable[..., Any]:
         return model.train_function
     finally:
         del model.train_step
+        if own_step is not None:  # the user has set it on this model
+            model.train_step = own_step
         model.train_function = own
 
 
