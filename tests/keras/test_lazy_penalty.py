@@ -1,5 +1,7 @@
 """Penalties that are not computed at every step: LazyPenalty, and any weight of 0."""
 
+import collections
+import contextlib
 import pickle
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from tf_frobreg import (
     attach_regularizers,
 )
 from tf_frobreg.keras.model_weight import ModelWeight
+from tf_frobreg.keras.shared_weight import find_penalties, share_weight
 
 LAYERS = keras.layers
 MODES = ["eager", "graph", "jit"]
@@ -66,10 +69,9 @@ def value_and_gradient(penalty, mode):
 
 
 def weight_of_a_model(penalty):
-    """The weight of a model with this penalty alone, with both variables."""
+    """The weight of a model with this penalty alone, with its variable."""
     weight = ModelWeight()
     weight.make_variable()
-    weight.make_step_variable()
     share(penalty, weight)
     return weight
 
@@ -108,15 +110,14 @@ def test_a_weight_that_changes_reaches_a_function_traced_before(name):
         plain, slope = value_and_gradient(PENALTIES[name](0.5), "eager")(kernel)
         weight = weight_of_a_model(penalty)
         function = value_and_gradient(penalty, mode)
-        with weight.in_step(0.0):
-            assert_nothing(function(nan), kernel)
-        with weight.in_step(4.0):
-            value, gradient = function(kernel)
+        weight.set_scale(0.0)
+        assert_nothing(function(nan), kernel)
+        weight.set_scale(4.0)
+        value, gradient = function(kernel)
         assert float(value) == pytest.approx(4 * float(plain), rel=1e-5)
         np.testing.assert_allclose(gradient, 4 * slope, rtol=1e-4, atol=1e-4)
         weight.set_scale(0.0)
-        with weight.in_step(4.0):
-            assert_nothing(function(nan), kernel)
+        assert_nothing(function(nan), kernel)
 
 
 def operations(graph, *, branches):
@@ -157,8 +158,8 @@ def test_a_function_is_not_called(mode):
     function = value_and_gradient(penalty, mode)
     found = []
     for multiplier in (1.0, 0.0, 0.0, 3.0, 0.0):
-        with weight.in_step(multiplier):
-            function(tf.constant(WHOLE, tf.float32))
+        weight.set_scale(multiplier)
+        function(tf.constant(WHOLE, tf.float32))
         found.append(int(calls))
     assert found == [1, 1, 1, 2, 2]
 
@@ -173,8 +174,8 @@ def test_the_power_steps_rest(mode):
         weight = weight_of_a_model(penalty)
         function, values = value_and_gradient(penalty, mode), []
         for multiplier in multipliers:
-            with weight.in_step(multiplier):
-                values.append(float(function(kernel)[0]))
+            weight.set_scale(multiplier)
+            values.append(float(function(kernel)[0]))
         found.append([value for value in values if value])
     assert found[0] == found[1]
     assert found[0][0] < found[0][1] < found[0][2]
@@ -235,6 +236,52 @@ def test_every_third_step_has_three_times_the_weight(options):
     np.testing.assert_allclose(found, EVERY_THIRD, atol=1e-4)
 
 
+def test_another_n_in_a_later_training():
+    model = still()
+    for every in (3, 2, 3):
+        forget_steps(model)
+        expected = [every if step % every == 0 else 0 for step in range(8)]
+        np.testing.assert_allclose(weights_of_steps(model, LazyPenalty(every), epochs=2), expected, atol=1e-4)
+
+
+def test_the_other_steps_have_the_operations_of_the_model_without_penalties():
+    """Except for one penalty, whose gradient is 0."""
+
+    def operations(model, multiplier=None):
+        step = tf.function(lambda x, y: model.train_step((x, y)), autograph=False)
+        weight = share_weight(model, find_penalties(model, "")) if multiplier is not None else None
+        with weight.in_step(multiplier) if weight else contextlib.nullcontext():
+            graph = step.get_concrete_function(*map(tf.constant, data())).graph
+        assert not [f for f in graph.as_graph_def().library.function if f.attr["_noinline"].b] or multiplier
+        return [operation.type for operation in graph.get_operations()]
+
+    def deep(factor):
+        conv = [LAYERS.Conv2D(2, 3, padding="same") for _ in range(5)]
+        model = keras.Sequential([keras.Input((8, 8, 2)), *conv, LAYERS.Flatten(), LAYERS.Dense(1)])
+        if factor:
+            attach_regularizers(model, factor)
+        model.compile("sgd", "mse")
+        return model
+
+    plain, lazy = operations(deep(0.0)), operations(deep(0.1), 0.0)
+    heavy = {"MatMul", "BatchMatMulV2", "Conv2D", "AddN", "PartitionedCall", "StatelessIf", "If", "Mul"}
+    counts = [collections.Counter(kind for kind in found if kind in heavy) for found in (plain, lazy)]
+    assert counts[1] - counts[0] <= collections.Counter({"AddN": 1, "Mul": 0})
+    assert len(operations(deep(0.1), 2.0)) > len(lazy)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_model_whose_only_losses_are_penalties():
+    """Keras refuses a step without any gradient."""
+    model = keras.Sequential([keras.Input((8, 8, 2)), LAYERS.Conv2D(4, 3), LAYERS.Conv2D(4, 3)])
+    attach_regularizers(model, 1.0)
+    model.compile(keras.optimizers.SGD(0.0))
+    penalty = sum(map(float, model.losses))
+    lazy = StepLosses()
+    model.fit(*data(), batch_size=8, verbose=0, callbacks=[LazyPenalty(3), lazy])
+    np.testing.assert_allclose(np.array(lazy.losses) / penalty, [3, 0, 0, 3], atol=1e-4)
+
+
 def test_a_step_is_an_execution():
     model = still(steps_per_execution=2)
     found = weights_of_steps(model, LazyPenalty(every=3), batch_size=4, epochs=2)
@@ -283,10 +330,15 @@ def losses_of(model, *callbacks, epochs=3, batch_size=8, **options):
     return model.fit(x, y, **options).history
 
 
-@pytest.mark.parametrize("every", [2, 4, 3, 5, 100])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"steps_per_execution": 2}, {"steps_per_execution": 3}, {"batch_size": 12}],
+    ("every", "options"),
+    [
+        *((every, {}) for every in (2, 3, 4, 5, 100)),
+        (3, {"steps_per_execution": 2}),
+        (4, {"steps_per_execution": 3}),
+        (2, {"batch_size": 12}),
+        (5, {"batch_size": 12}),
+    ],
     ids=stable_id,
 )
 def test_the_losses_of_an_epoch_are_the_ordinary_ones(every, options):
@@ -508,8 +560,9 @@ def test_a_step_that_fails(error):
     assert_ordinary(model, before, watch)
 
 
-@pytest.mark.parametrize("is_first", [True, False], ids=["first", "second"])
-@pytest.mark.parametrize(("event", "number"), EVENTS)
+@pytest.mark.parametrize(
+    ("event", "number", "is_first"), [(*event, place % 2 == 0) for place, event in enumerate(EVENTS)]
+)
 def test_evaluate_within_a_callback(event, number, is_first):
     model, found = still(), []
     before = evaluate(model)

@@ -8,7 +8,7 @@ from oracles import matrix_function
 
 from tf_frobreg import FrobeniusRegularizer, frobenius_penalty
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
-from tf_frobreg.penalties.penalty_function import PenaltyFunction, evaluate_if
+from tf_frobreg.penalties.penalty_function import PenaltyFunction, Weight, weighted
 
 ALPHA = 1.5
 CASES = [
@@ -91,23 +91,19 @@ def test_under_xla(case):
 
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[10], CASES[12], CASES[17]], ids=label)
-def test_three_derivatives_while_a_tensor_says_whether_it_counts(case):
+def test_three_derivatives_with_a_weight_that_is_a_tensor(case):
     """Also under XLA, after the function apart was traced without it."""
     kernel, direction = tf.constant(case.kernel(0)), tf.constant(case.kernel(1))
     penalty = FrobeniusPenalty(case_convolution(case), ALPHA)
 
-    def function(kernel, active):
-        def weighted(kernel):
-            value, times = penalty.value_if(active, kernel)
-            return times * tf.cast(active, kernel.dtype) * value
-
-        return derivatives(weighted, kernel, direction)
+    def function(kernel, tensor):
+        return derivatives(lambda kernel: penalty.weighted(kernel, Weight(0.5, tensor)), kernel, direction)
 
     expected = derivatives(oracle(case), kernel, direction)
     for jit_compile in (False, True):
         compiled = tf.function(function, jit_compile=jit_compile)
-        assert_close(compiled(kernel, tf.constant(True)), expected)
-        for found in compiled(np.nan * kernel, tf.constant(False)):
+        assert_close(compiled(kernel, tf.constant(2.0, kernel.dtype)), expected)
+        for found in compiled(np.nan * kernel, tf.constant(0.0, kernel.dtype)):
             np.testing.assert_array_equal(found, np.zeros(found.shape))
 
 
@@ -208,19 +204,19 @@ def cube():
 
     def function(kernel):
         asked.append(tuple(kernel.shape))
-        return tf.reduce_sum(kernel**3), lambda: 3.0 * kernel**2
+        return tf.reduce_sum(kernel**3), lambda weight: 3.0 * weight * kernel**2
 
     return function, asked
 
 
-SHAPES = [(2, 3), (3, 2), (2, 3), (4, 4)]
+SHAPES = [(2, 3), (3, 2), (2, 3), (4, 4), (2, 7)]
 
 
-@pytest.mark.parametrize(("any_shape", "traces"), [(False, 3), (True, 1)])
-def test_how_often_it_is_traced(any_shape, traces):
-    """Once per shape, or once for all of them. Every graph that calls it shares the traces."""
+@pytest.mark.parametrize(("fixed_axes", "traces"), [(None, 4), (1, 3), (0, 1)])
+def test_how_often_it_is_traced(fixed_axes, traces):
+    """Once per shape, or once for several of them. Every graph that calls it shares the traces."""
     function, asked = cube()
-    own = PenaltyFunction(function, any_shape=any_shape)
+    own = PenaltyFunction(function, fixed_axes=fixed_axes)
 
     def both(kernel):
         with tf.GradientTape() as tape:
@@ -236,9 +232,9 @@ def test_how_often_it_is_traced(any_shape, traces):
     assert len(asked) == traces
 
 
-@pytest.mark.parametrize("any_shape", [False, True])
-def test_each_dtype_and_rank_has_its_own_trace(any_shape):
-    own = PenaltyFunction(cube()[0], any_shape=any_shape)
+@pytest.mark.parametrize("fixed_axes", [None, 1, 0])
+def test_each_dtype_and_rank_has_its_own_trace(fixed_axes):
+    own = PenaltyFunction(cube()[0], fixed_axes=fixed_axes)
     for dtype in ("float32", "float64", "float32"):
         for shape in ((2, 3), (1, 2, 3), ()):
             found = tf.function(lambda kernel: tf.gradients(own(kernel), kernel)[0])(
@@ -272,30 +268,31 @@ def test_what_does_not_count_is_not_computed():
     for call in (own, tf.function(own)):
         with tf.GradientTape() as tape:
             tape.watch(kernel)
-            value = call(kernel, False)
+            value = call(kernel, Weight(0.0))
         assert float(value) == 0.0
         np.testing.assert_array_equal(tape.gradient(value, kernel), np.zeros(3))
     assert not asked
 
 
-@pytest.mark.parametrize("active", [True, False])
-def test_a_condition_on_a_function(active):
+@pytest.mark.parametrize("number", [2.0, 0.0])
+def test_a_weighted_function(number):
     kernel, calls = tf.constant([1.0, 2.0]), tf.Variable(0)
 
     def function(kernel):
         calls.assign_add(1)
         return tf.reduce_sum(kernel**3)
 
-    def both(active):
+    def both(weight):
         with tf.GradientTape() as tape:
             tape.watch(kernel)
-            value = evaluate_if(active, function, kernel)
+            value = weighted(function, kernel, weight)
         return value, tape.gradient(value, kernel)
 
-    for value, gradient in (both(active), tf.function(both)(tf.constant(active))):
-        assert float(value) == (9.0 if active else 0.0)
-        np.testing.assert_array_equal(gradient, [3.0, 12.0] if active else [0.0, 0.0])
-    assert int(calls) == (2 if active else 0)
+    traced = tf.function(lambda tensor: both(Weight(0.5, tensor)))(tf.constant(2 * number))
+    for value, gradient in (both(Weight(number)), traced):
+        assert float(value) == 9.0 * number
+        np.testing.assert_array_equal(gradient, np.array([3.0, 12.0]) * number)
+    assert int(calls) == (2 if number else 0)
 
 
 @pytest.mark.parametrize(

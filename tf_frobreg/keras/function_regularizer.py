@@ -14,7 +14,7 @@ from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer, function_name
 from tf_frobreg.keras.training_backend import try_gradient
-from tf_frobreg.penalties.penalty_function import evaluate_if
+from tf_frobreg.penalties.penalty_function import Weight, weighted
 
 __all__ = ["FunctionRegularizer"]
 
@@ -81,10 +81,10 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
         self.function = check_function("function", function)
         self.take_geometry(input_size, geometry)
 
-    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
-        """Returns the result of the function and 1."""
+    def evaluate(self, x: Any, kernel: Any, weight: Weight) -> Any:
+        """Returns the weight times the result of the function."""
         conv = self.convolution(kernel.shape)
-        return evaluate_if(active, lambda kernel: self._result(kernel, conv), kernel), 1.0
+        return weighted(lambda kernel: self._result(kernel, conv), kernel, weight)
 
     def _result(self, kernel: Any, conv: Convolution) -> Any:
         """Returns the result of the function, or raises an error if it is not a scalar of Keras' backend."""

@@ -8,7 +8,7 @@ import keras
 from tf_frobreg.backends import to_array
 from tf_frobreg.checks import check_integer
 from tf_frobreg.keras.shared_weight import find_penalties, share_weight
-from tf_frobreg.keras.training_backend import count_samples, new_training_function, scope_of
+from tf_frobreg.keras.training_backend import new_training_function, sample_counter
 
 __all__ = ["LazyPenalty"]
 
@@ -17,9 +17,9 @@ class LazyPenalty(keras.callbacks.Callback):
     """Computes the penalties of a model at every n-th training step only, with n times their weight.
 
     The mean weight stays the same, and the cost falls to an n-th ("lazy regularization", Karras et al.,
-    arXiv:1912.04958). At the other steps nothing is computed, in compiled functions and under XLA too. The
-    weight changes within training steps only. `evaluate`, validation, saved files and a model after training
-    have the ordinary penalties. `FactorSchedule` can be used beside it.
+    arXiv:1912.04958). The other steps are those of the model without penalties. The weight changes within
+    training steps only. `evaluate`, validation, saved files and a model after training have the ordinary
+    penalties. `FactorSchedule` can be used beside it.
 
     - With Adam, 16 is a good n for factors up to 1, and 4 for a factor of 10. A larger n leaves a larger rest
       of the penalty, because Adam divides rare large gradients by their size.
@@ -32,7 +32,10 @@ class LazyPenalty(keras.callbacks.Callback):
     - With `steps_per_execution` a step is one execution: all its batches have the same weight.
     - With gradient accumulation a step is one batch. `every` should divide the number of batches that are
       accumulated, or be a multiple of it.
-    - JAX compiles two training functions, one for each kind of step.
+    - TensorFlow and JAX trace two training functions, one for each kind of step. This happens in the first
+      two steps, and takes as long as for the model with penalties and for the model without.
+    - At the other steps TensorFlow has no gradient of the penalties, not even 0. A kernel that only its
+      penalty reaches stays as it is, and a `train_step` of your own may get None for its gradient.
     - The penalties are all regularizers of this package, as for `FactorSchedule`.
 
     Args:
@@ -59,6 +62,7 @@ class LazyPenalty(keras.callbacks.Callback):
         self._step = 0
         self._is_started = False  # whether `_step` is that of the model
         self._ordinary: Any = None  # the training function of the model
+        self._count_samples: Any = None
         self._forget_samples()
 
     def _forget_samples(self) -> None:
@@ -71,8 +75,6 @@ class LazyPenalty(keras.callbacks.Callback):
         # Under JAX `self.model` gives the variables their values back, which a running step must not meet.
         self._trained = model
         self._weight = share_weight(model, find_penalties(model, type(self).__name__))
-        with scope_of(model):
-            self._weight.make_step_variable()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Takes back what an earlier training has left that a callback interrupted."""
@@ -96,8 +98,10 @@ class LazyPenalty(keras.callbacks.Callback):
         if not self._is_started:  # only now, because another callback may have restored the model
             self._step, self._is_started = self._count_steps(), True
         if self.every > 1:
-            self._ordinary = self._trained.train_function
-            other = getattr(self._ordinary, "__self__", None)
+            function = self._trained.train_function
+            if function is not self._ordinary:  # the first step, or the model was compiled again
+                self._ordinary, self._count_samples = function, sample_counter(self._trained)
+            other = getattr(function, "__self__", None)
             if isinstance(other, LazyPenalty):
                 raise ValueError(
                     "A training must have one LazyPenalty. "
@@ -116,12 +120,13 @@ class LazyPenalty(keras.callbacks.Callback):
         """The training function of one step."""
         self._trained.train_function = self._ordinary
         counts = self._step % self.every == 0
-        before = count_samples(self._trained, arguments) if counts else 0.0
-        with self._weight.in_step(float(self.every) if counts else 0.0):
-            result = self._function(counts)(*arguments)
+        before = self._count_samples(*arguments) if counts else 0.0
+        multiplier = float(self.every) if counts else 0.0
+        with self._weight.in_step(multiplier):
+            result = self._function(multiplier)(*arguments)
         # A step without data, after the last batch of an epoch, does not come here.
         self._step += 1
-        after = count_samples(self._trained, result[1:] if keras.config.backend() == "jax" else ())
+        after = self._count_samples(*(result[1:] if keras.config.backend() == "jax" else ()))
         if counts:
             # Keras counts from 0 again if a callback has evaluated the model.
             goes_on = keras.ops.cast(before >= self._all_samples, "float32")
@@ -129,18 +134,17 @@ class LazyPenalty(keras.callbacks.Callback):
         self._all_samples = after
         return result
 
-    def _function(self, counts: bool) -> Callable[..., Any]:
-        """Returns the training function for a step. Keras traces it in the first such step."""
+    def _function(self, multiplier: float) -> Callable[..., Any]:
+        """Returns the training function for a multiplier. Keras traces it in the first such step."""
         if keras.config.backend() == "torch":  # nothing of the penalties is traced
             return self._ordinary
         ordinary, functions = self._weight.functions.get(self._trained, (None, {}))
         if ordinary is not self._ordinary:  # the model was compiled again
             functions = {}
             self._weight.functions[self._trained] = self._ordinary, functions
-        key = counts if keras.config.backend() == "jax" else None
-        if key not in functions:
-            functions[key] = new_training_function(self._trained)
-        return functions[key]
+        if multiplier not in functions:
+            functions[multiplier] = new_training_function(self._trained)
+        return functions[multiplier]
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Corrects the loss if the samples of the epoch had not the mean weight."""
@@ -153,7 +157,7 @@ class LazyPenalty(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Lets go of what cannot be pickled."""
-        self._ordinary = None
+        self._ordinary = self._count_samples = None
         self._forget_samples()
 
     def _penalty(self) -> float:

@@ -15,7 +15,7 @@ from tf_frobreg.convolution.geometry import Convolution, Geometry
 from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.model_weight import ModelWeight
-from tf_frobreg.penalties.penalty_function import nothing
+from tf_frobreg.penalties.penalty_function import Weight
 
 # Arguments that the repr of a regularizer shows also if they have their default.
 ALWAYS_SHOWN = ("input_size", "factor", "alpha")
@@ -116,22 +116,20 @@ class WeightedRegularizer(Replacement):
         """Returns the penalty of the kernel `x`, a scalar of its dtype. A weight of 0 computes nothing."""
         shared = self.model_weight
         if shared is not None and shared.is_off:
-            return nothing(x)
+            return shared.nothing(x)
         kernel = as_kernel(x, check_finite=False)  # a diverging training shows a NaN loss and goes on
-        weight: Any = self.factor * (self._scale if shared is None or shared.scale is None else 1.0)
-        if shared is not None and weight:
-            weight = weight * shared.read(dtype_of(kernel))
-        value, times = self.evaluate(x, kernel, weight != 0.0 if isinstance(weight, float) else weight > 0)
-        return weight * times * value
+        number = self.factor * (self._scale if shared is None or shared.scale is None else 1.0)
+        if shared is None or not number:
+            return self.evaluate(x, kernel, Weight(number))
+        return self.evaluate(x, kernel, shared.read(dtype_of(kernel)).times(number))
 
-    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
-        """Returns a scalar of the kernel's dtype and a number, the product of which is the penalty.
+    def evaluate(self, x: Any, kernel: Any, weight: Weight) -> Any:
+        """Returns the weight times the penalty, a scalar of the kernel's dtype.
 
         Args:
             x: What Keras passes: the variable of the kernel, or its value.
             kernel: The value.
-            active: Whether the penalty counts: a bool or, in a function that is being traced, a tensor. If it
-                is false, nothing must be computed. The result is then multiplied by 0.
+            weight: The weight. If it is 0, nothing must be computed.
         """
         raise NotImplementedError
 

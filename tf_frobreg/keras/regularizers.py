@@ -12,7 +12,7 @@ from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer, check_constant
 from tf_frobreg.keras.training_backend import new_variable
 from tf_frobreg.penalties.frobenius import METHODS, FrobeniusPenalty
-from tf_frobreg.penalties.penalty_function import evaluate_if
+from tf_frobreg.penalties.penalty_function import Weight, weighted
 from tf_frobreg.penalties.reshaped import evaluate_reshaped
 from tf_frobreg.penalties.two_norm import check_gram, power_iteration, start_vector
 
@@ -91,11 +91,12 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
         )
         self.take_geometry(input_size, geometry)
 
-    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
-        """Returns a scalar and a number, the product of which is the penalty."""
+    def evaluate(self, x: Any, kernel: Any, weight: Weight) -> Any:
+        """Returns weight·R_α, divided by the number of columns if `reduction` is "mean"."""
         conv = self.convolution(kernel.shape)
-        value, times = FrobeniusPenalty(conv, self.alpha, self.method).value_if(active, kernel)
-        return value, times / (conv.shape[1] if self.reduction == "mean" else 1)
+        if self.reduction == "mean":
+            weight = weight.times(1 / conv.shape[1])
+        return FrobeniusPenalty(conv, self.alpha, self.method).weighted(kernel, weight)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""
@@ -163,11 +164,11 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
         # Maps each kernel to (weak reference to the kernel or None, variable with its vector).
         self._vectors: dict[Any, tuple[weakref.ref | None, Any]] = {}
 
-    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
-        """Returns the penalty and 1."""
+    def evaluate(self, x: Any, kernel: Any, weight: Weight) -> Any:
+        """Returns weight·‖MᵀM − αI‖₂."""
         conv = self.convolution(kernel.shape)
         vector = self._vector(x, dtype_of(kernel), conv)
-        return evaluate_if(active, lambda kernel: self._iterate(kernel, vector, conv), kernel), 1.0
+        return weighted(lambda kernel: self._iterate(kernel, vector, conv), kernel, weight)
 
     def _iterate(self, kernel: Any, vector: Any, conv: Convolution) -> Any:
         """Returns the penalty, and keeps the vector that its power steps reach."""
@@ -239,9 +240,9 @@ class ReshapedRegularizer(WeightedRegularizer):
         super().__init__(factor, scale)
         self.alpha = check_constant("alpha", alpha, exclusive=True)
 
-    def evaluate(self, x: Any, kernel: Any, active: Any) -> tuple[Any, float]:
-        """Returns the penalty and 1."""
-        return evaluate_if(active, lambda kernel: evaluate_reshaped(kernel, self.alpha), kernel), 1.0
+    def evaluate(self, x: Any, kernel: Any, weight: Weight) -> Any:
+        """Returns weight·‖WᵀW − αI‖²_F."""
+        return weighted(lambda kernel: evaluate_reshaped(kernel, self.alpha), kernel, weight)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""

@@ -1,6 +1,7 @@
 """What a training needs of Keras' backend: variables that traced functions read, and gradients of a loss."""
 
 import contextlib
+import operator
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -33,6 +34,24 @@ def new_variable(value: Any, name: str) -> Any:
             return None
 
 
+def read_variable(variable: Any, dtype: str) -> Any:
+    """Returns a variable as a tensor of `dtype`, while a function is being traced.
+
+    TensorFlow reads it once per graph and replica. No operation of a graph must change it.
+    """
+    if keras.config.backend() != "tensorflow":
+        return keras.ops.cast(variable, dtype)
+    graph = tf.compat.v1.get_default_graph()
+    known = graph.get_collection_ref("tf_frobreg_variables")  # inner graphs start with a copy
+    key = (variable, dtype, tf.distribute.get_replica_context())
+    for names, tensor in known:
+        if tensor.graph is graph and all(map(operator.is_, names, key)):
+            return tensor
+    tensor = tf.cast(variable, dtype)
+    known.append((key, tensor))
+    return tensor
+
+
 def keep_in_state(model: keras.Model, variable: Any) -> bool:
     """Makes a variable part of the state that Keras hands to a model's traced functions under JAX.
 
@@ -48,22 +67,25 @@ def keep_in_state(model: keras.Model, variable: Any) -> bool:
     return True
 
 
-def count_samples(model: keras.Model, arguments: Sequence[Any] = ()) -> Any:
-    """Returns the number of samples that the loss of this epoch is the mean of, or 0 if Keras does not count.
+def sample_counter(model: keras.Model) -> Callable[..., Any]:
+    """Returns a function that returns how many samples the loss of this epoch is the mean of.
 
-    Args:
-        model: The model.
-        arguments: Under JAX, what a training step takes, or what it returns beside its logs: the first is the
-            state of the model. Without it the model's own variables are read.
+    The function returns 0 if Keras does not count them. Under JAX its arguments are what a training step
+    takes, or what it returns beside its logs. The first of them is the state of the model. Without arguments
+    the model's own variable is read. Looking through the model here keeps that out of each step.
     """
     counts = [metric.count for metric in model.metrics if metric.name == "loss" and hasattr(metric, "count")]
     if not counts:
-        return 0.0
-    if keras.config.backend() != "jax" or not arguments:
+        return lambda *arguments: 0.0
+    place = next(place for place, variable in enumerate(model.metrics_variables) if variable is counts[0])
+
+    def count(*arguments: Any) -> Any:
+        if keras.config.backend() == "jax" and arguments:
+            return arguments[0][3][place] + 0.0  # the step deletes what it takes
         # A new tensor, because PyTorch changes the old one. Reading the number would wait for the step.
         return keras.ops.convert_to_tensor(counts[0]) + 0.0
-    places = [place for place, variable in enumerate(model.metrics_variables) if variable is counts[0]]
-    return arguments[0][3][places[0]] + 0.0  # the step deletes what it takes
+
+    return count
 
 
 def new_training_function(model: keras.Model) -> Callable[..., Any]:

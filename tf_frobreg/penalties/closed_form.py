@@ -11,8 +11,8 @@ optimum. MMᵀ has the same form with outputs in place of inputs. The code uses 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,18 +22,16 @@ from tf_frobreg.backends import Operations, TensorFlowOperations, dtype_of, item
 from tf_frobreg.checks import check_memory
 from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution, Side
-from tf_frobreg.penalties.coincidence_classes import (
-    Coincidences,
-    coincidences,
-    joint_members,
-    rows_and_columns,
+from tf_frobreg.penalties.class_tables import Part, build_parts, kronecker
+from tf_frobreg.penalties.coincidence_classes import coincidences, rows_and_columns
+from tf_frobreg.penalties.penalty_function import ONE, PenaltyFunction, Weight
+from tf_frobreg.penalties.shared_forms import (
+    apply_kronecker,
+    one_tap_penalty,
+    penalty_of_numbers,
+    value_and_slope_of_numbers,
 )
-from tf_frobreg.penalties.penalty_function import PenaltyFunction
 
-# Up to this many entries one combined member matrix is faster than two, which move the blocks twice.
-COMBINED = 4096
-# Up to this many entries one part with all classes takes less time to trace than two, for single numbers.
-COMBINED_WHOLE = 8192
 # Peak memory of value and gradient, in units of the blocks K[p, q] K[r, s]ᵀ: measured 2.8 for 7×7×512×512.
 BLOCK_COPIES = 3
 
@@ -47,45 +45,13 @@ def closed_form(conv: Convolution) -> "ClosedForm":
     num_outputs = _count_reached(axes, "output") * groups * h
     side: Side = "input" if num_inputs <= num_outputs else "output"
     gram_size = min(num_inputs, num_outputs)
+    has_numbers = (g if side == "input" else h) == 1
     # No tap meets the image of, for example, a single pixel under an even kernel with dilation 2.
-    parts = _build_parts(axes, side, whole=(g if side == "input" else h) == 1) if gram_size else ()
+    parts = build_parts(axes, side, has_numbers) if gram_size else ()
     others = [rows_and_columns(axis, side) for axis in axes[1:]]
-    other_rows = np.stack([np.atleast_2d(_kronecker(table[end] for table in others)) for end in (0, 1)])
+    other_rows = np.stack([np.atleast_2d(kronecker(table[end] for table in others)) for end in (0, 1)])
     copies = _count_reached(axes, side) if all(axis.kernel_size == 1 for axis in axes) else 1
     return ClosedForm(conv, side, gram_size, parts, other_rows, copies)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
-    """The classes on the diagonal of the first axis, the classes off it, or all. Parts share no pair.
-
-    Attributes:
-        pairs: `(pairs, 2)`, the pairs (p, r) of the first axis.
-        members: One or two matrices `(classes, pairs)`. Their Kronecker product has one row per joint class
-            and one column per pair of the first axis and of all other axes together. It is √(2n) if the pair
-            belongs to the class, which has n places, and 0 otherwise.
-        target: `(joint classes,)`, √(2n) for classes on the diagonal of all axes and 0 for others. None for
-            the part off the diagonal.
-        weights: `(joint classes,)`, √(2n) for all classes.
-        rows: `(2, different rows, classes)`, what `rows_and_columns` returns for the first axis: how often
-            each class occurs in a row and in a column of the axis' Gram matrix.
-    """
-
-    pairs: np.ndarray
-    members: tuple[np.ndarray, ...]
-    target: np.ndarray | None
-    weights: np.ndarray
-    rows: np.ndarray
-
-    @cached_property
-    def members_of_gradient(self) -> tuple[np.ndarray, ...]:
-        """The transposed `members`, times 2 on the diagonal.
-
-        The part on the diagonal contains (r, p) with each (p, r). Both products of the gradient have the same
-        sum, so twice the first one suffices.
-        """
-        scale = 1.0 if self.target is None else 2.0
-        return scale * self.members[0].T, *(matrix.T for matrix in self.members[1:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +64,7 @@ class ClosedForm:
             describe.
         gram_size: Number of rows of Gram. The rank of M is at most this number, for every kernel.
         parts: The classes. Two classes that are each other's transpose on the first axis are counted once,
-            with 2n places.
+            with 2n places. If the blocks are single numbers, one part has all classes and all pairs.
         other_rows: `rows` of the parts for all axes except the first together.
         copies: How many equal blocks Gram consists of: one per pixel if the kernel has one tap, otherwise 1.
     """
@@ -112,33 +78,43 @@ class ClosedForm:
 
     def value(self, kernel: Any, alpha: float) -> Any:
         """Returns ‖Gram − αI‖²_F, twice differentiable."""
-        value = self.value_per_copy(kernel, alpha)
-        return value if self.copies == 1 else self.copies * value
+        return self.weighted(kernel, alpha, ONE, 0.0)
 
-    def value_per_copy(self, kernel: Any, alpha: float, active: Any = True) -> Any:
-        """Returns `value` divided by `copies`, or 0 without computing it if `active` is false.
+    def weighted(self, kernel: Any, alpha: float, weight: Weight, floor: float) -> Any:
+        """Returns weight·(‖Gram − αI‖²_F + floor), or 0 without computing it if the weight is 0.
 
         It defines its own gradient, with fewer matrix products than automatic differentiation would take.
         """
-        if not self._has_one_tap:
-            return _penalty(self, alpha)(kernel, active)
         ops = operations_of(kernel)
-        if self.conv.blocks[0] > 1:
-            kernel = ops.reshape(self.conv.by_group(kernel, ops), self.conv.blocks)
-        return _one_tap_penalty(self.side, alpha)(kernel, active)
+        if self._has_one_tap:
+            if self.conv.blocks[0] > 1:
+                kernel = ops.reshape(self.conv.by_group(kernel, ops), self.conv.blocks)
+            return one_tap_penalty(self.side, alpha)(kernel, weight.times(self.copies), floor / self.copies)
+        if self._has_numbers and self.parts:
+            self._check_memory(kernel)
+            taps = self._taps(kernel, ops)
+            return penalty_of_numbers(self._first_size)(taps, weight, floor, self._tables(alpha))
+        return _penalty(self, alpha)(kernel, weight, floor)
 
-    def value_and_slope(self, kernel: Any, alpha: float) -> tuple[Any, Callable[[], Any]]:
-        """Returns ‖Gram − αI‖²_F, and a function that computes its derivative in the kernel."""
+    def value_and_slope(self, kernel: Any, alpha: float) -> tuple[Any, Callable[[Any], Any]]:
+        """Returns ‖Gram − αI‖²_F, and a function of a weight that returns weight times its gradient."""
         ops = operations_of(kernel)
         if not self.parts:
-            return ops.sum(0.0 * kernel), lambda: 0.0 * kernel
+            return ops.sum(0.0 * kernel), lambda weight: 0.0 * kernel
+        if self._has_numbers:
+            self._check_memory(kernel)
+            tables = [ops.constant(table, kernel) for table in self._tables(alpha)]
+            value, slope = value_and_slope_of_numbers(self._taps(kernel, ops), self._first_size, *tables)
+            return value, lambda weight: self.conv.from_groups(
+                ops.reshape(slope(weight), (-1, *self.conv.blocks)), ops
+            )
         taps, residuals = self._residuals(kernel, alpha, ops)
-        return _half_squares(residuals, ops), lambda: self._gradient(taps, residuals, ops)
+        return _half_squares(residuals, ops), lambda weight: weight * self._gradient(taps, residuals, ops)
 
     def value_and_gradient(self, kernel: Any, alpha: float) -> tuple[Any, Any]:
         """Returns ‖Gram − αI‖²_F and its derivative in the kernel."""
         value, slope = self.value_and_slope(kernel, alpha)
-        return value, slope()
+        return value, slope(1.0)
 
     def value_by_group(self, kernel: tf.Tensor, alpha: float) -> tf.Tensor:
         """Returns the part of `value` that each group of the convolution adds, `(groups,)`."""
@@ -204,14 +180,8 @@ class ClosedForm:
         The taps are K[p] and K[r], each `(pairs, other axes, groups, g, h)`. The residual has one block per
         class, `(classes, groups, g, g)`.
         """
+        self._check_memory(kernel)
         blocks = self._blocks(kernel, ops)
-        _, rest, groups, g, _ = blocks.shape
-        count = sum(len(part.pairs) for part in self.parts) * rest**2
-        check_memory(
-            BLOCK_COPIES * itemsize(kernel) * count * groups * g**2,
-            f"the closed form of a kernel of shape {self.conv.kernel_shape} has {count:,} blocks",
-            "a smaller kernel, or no penalty on this layer",
-        )
         taps, residuals = [], []
         for part in self.parts:
             left, right = (_take(blocks, ends, ops) for ends in part.pairs.T)
@@ -223,6 +193,18 @@ class ClosedForm:
             residuals.append(residual)
         return taps, residuals
 
+    def _check_memory(self, kernel: Any) -> None:
+        """Raises an error if the products of all pairs of taps do not fit in memory."""
+        groups, g, h = self.conv.blocks
+        rest = math.prod(self.conv.kernel_size[1:])
+        count = sum(len(part.pairs) for part in self.parts) * rest**2
+        size = g * h if self._has_numbers else (g if self.side == "input" else h) ** 2
+        check_memory(
+            BLOCK_COPIES * itemsize(kernel) * count * groups * size,
+            f"the closed form of a kernel of shape {self.conv.kernel_shape} has {count:,} blocks",
+            "a smaller kernel, or no penalty on this layer",
+        )
+
     def _gradient(self, taps: list[tuple[Any, Any]], residuals: list[Any], ops: Operations) -> Any:
         """Returns the derivative of `_half_squares(residuals)` in the kernel.
 
@@ -231,7 +213,7 @@ class ClosedForm:
         """
         products = []  # (their taps on the first axis, (taps, groups, rest * g, h))
         for part, (left, right), residual in zip(self.parts, taps, residuals, strict=True):
-            factors = _apply_kronecker(part.members_of_gradient, residual, ops)
+            factors = _apply_tables(part.members_of_gradient, residual, ops)
             products.append((part.pairs[:, 0], _multiply(factors, right, ops)))
             if part.target is None:
                 products.append((part.pairs[:, 1], _multiply(factors, left, ops, transposed=True)))
@@ -245,35 +227,38 @@ class ClosedForm:
             total = ops.swap_last_axes(total)
         return self.conv.from_groups(total, ops)
 
+    def _taps(self, kernel: Any, ops: Operations) -> Any:
+        """Returns the kernel in the shape that `value_and_slope_of_numbers` takes."""
+        groups, g, h = self.conv.blocks
+        shape = (math.prod(self.conv.kernel_size), groups, g * h)
+        return ops.reshape(self.conv.by_group(kernel, ops), shape if g * h > 1 else shape[:2])
+
+    def _tables(self, alpha: float) -> tuple[np.ndarray, ...]:
+        """Returns the target and the members that `value_and_slope_of_numbers` takes."""
+        (part,) = self.parts
+        target = alpha * np.asarray(part.target)
+        if len(part.members) > 1:
+            return target.reshape(len(part.members[0]), -1, 1), *part.members
+        (matrix,) = part.members  # its columns are (p, r, q, s)
+        first = self._first_size
+        rest = math.isqrt(matrix.shape[1]) // first
+        by_tap = matrix.reshape(-1, first, first, rest, rest).swapaxes(2, 3)
+        return target[:, None], by_tap.reshape(matrix.shape)
+
     @property
     def _has_one_tap(self) -> bool:
         return all(size == 1 for size in self.conv.kernel_size)
 
     @property
+    def _has_numbers(self) -> bool:
+        """Whether the blocks of Gram are single numbers, as for depthwise kernels."""
+        _, g, h = self.conv.blocks
+        return (g if self.side == "input" else h) == 1
+
+    @property
     def _first_size(self) -> int:
         """Number of taps on the first axis."""
         return self.conv.kernel_size[0] if self.conv.kernel_size else 1
-
-
-@lru_cache(maxsize=64)
-def _one_tap_penalty(side: Side, alpha: float) -> PenaltyFunction:
-    """Returns `ClosedForm.value_per_copy` of kernels of one tap, (..., g, h) of any size.
-
-    Most kernels of many networks have one tap, and all of them share what TensorFlow traces.
-    """
-
-    def value_and_slope(blocks: Any) -> tuple[Any, Callable[[], Any]]:
-        ops = operations_of(blocks)
-        matrices = blocks if side == "input" else ops.swap_last_axes(blocks)
-        target = ops.constant(np.array([alpha]), blocks)
-        residual = ops.subtract_from_diagonal(ops.matmul_transposed(matrices, matrices), target)
-
-        def slope() -> Any:
-            return 4.0 * (ops.matmul(residual, blocks) if side == "input" else ops.matmul(blocks, residual))
-
-        return 2.0 * ops.half_square(residual), slope
-
-    return PenaltyFunction(value_and_slope, any_shape=True)
 
 
 @lru_cache(maxsize=1024)
@@ -288,57 +273,6 @@ def _count_reached(axes: Sequence[Axis], side: Side) -> int:
     return math.prod(int(c.counts[c.diagonal].sum()) for c in classes)
 
 
-def _build_parts(axes: Sequence[Axis], side: Side, *, whole: bool) -> tuple[Part, ...]:
-    """Returns the part on the diagonal and the part off it, without an empty one.
-
-    If `whole` is set and the matrices are small, one part holds all classes, each of them once.
-    """
-    first = coincidences(axes[0], side, half=not whole)
-    rest = [coincidences(axis, side) for axis in axes[1:]]
-    joint = joint_members(rest, [axis.kernel_size for axis in axes[1:]])
-    joint = joint * np.sqrt(_kronecker(c.counts for c in rest))[:, None]
-    on_diagonal = _kronecker(c.diagonal for c in rest)
-    rows = rows_and_columns(axes[0], side, half=not whole)
-    limit = COMBINED
-    if whole:
-        limit = COMBINED_WHOLE
-        if first.members.size * joint.size > limit:
-            return _build_parts(axes, side, whole=False)
-        rows = rows * np.array([1.0, 0.0])[:, None, None]  # no class stands for its transpose too
-    chosen = [np.full_like(first.diagonal, True)] if whole else [first.diagonal, ~first.diagonal]
-    return tuple(_build_part(first, rows, c, joint, on_diagonal, limit) for c in chosen if c.any())
-
-
-def _build_part(
-    first: Coincidences,
-    rows: np.ndarray,
-    chosen: np.ndarray,
-    joint: np.ndarray,
-    on_diagonal: np.ndarray,
-    limit: int,
-) -> Part:
-    """Returns the part of the chosen classes of the first axis, and of all classes of the other axes.
-
-    Its member matrices are combined if the product has at most `limit` entries.
-    """
-    pairs = first.members[chosen].any(axis=0)
-    members = first.members[chosen][:, pairs] * np.sqrt(2 * first.counts[chosen])[:, None]
-    weights = np.kron(members.max(axis=1), joint.max(axis=1))
-    on_both = np.kron(first.diagonal[chosen], on_diagonal)
-    target = weights * on_both if first.diagonal[chosen].any() else None
-    combine = members.size * joint.size <= limit
-    matrices = (np.kron(members, joint),) if combine else (members, joint)
-    return Part(first.pairs[pairs], matrices, target, weights, rows[:, :, chosen])
-
-
-def _kronecker(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the Kronecker product of vectors or of matrices. That of no array is 1."""
-    product = np.ones(1)
-    for array in arrays:
-        product = np.kron(product, array)
-    return product
-
-
 def _class_sums(part: Part, left: Any, right: Any, ops: Operations) -> Any:
     """Returns √(2n) Σ left[p, q] right[r, s]ᵀ over the pairs of each class, (classes, groups, g, g)."""
     if left.shape[1] > 1:
@@ -348,7 +282,7 @@ def _class_sums(part: Part, left: Any, right: Any, ops: Operations) -> Any:
     else:
         products = ops.matmul_transposed(left, right)
     classes = math.prod(matrix.shape[0] for matrix in part.members)
-    return ops.reshape(_apply_kronecker(part.members, products, ops), (classes, *products.shape[-3:]))
+    return ops.reshape(_apply_tables(part.members, products, ops), (classes, *products.shape[-3:]))
 
 
 def _inner(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
@@ -361,15 +295,11 @@ def _half_squares(residuals: Sequence[Any], ops: Operations) -> Any:
     return ops.add([ops.half_square(residual) for residual in residuals])
 
 
-def _apply_kronecker(matrices: Sequence[np.ndarray], blocks: Any, ops: Operations) -> Any:
-    """Applies the Kronecker product of one or two matrices to the leading axes of `blocks`."""
+def _apply_tables(matrices: Sequence[np.ndarray], blocks: Any, ops: Operations) -> Any:
+    """Returns `apply_kronecker` of matrices that are constants."""
     if all(matrix.size == 1 for matrix in matrices):
         return math.prod(matrix.item() for matrix in matrices) * blocks
-    for number, matrix in enumerate(matrices):
-        done = math.prod(m.shape[0] for m in matrices[:number])
-        blocks = ops.reshape(blocks, (done, matrix.shape[1], -1) if number else (matrix.shape[1], -1))
-        blocks = ops.matmul(ops.constant(matrix, blocks), blocks)
-    return blocks
+    return apply_kronecker([ops.constant(matrix, blocks) for matrix in matrices], blocks, ops)
 
 
 def _multiply(factors: Any, taps: Any, ops: Operations, *, transposed: bool = False) -> Any:

@@ -13,7 +13,7 @@ from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import convolution_of, kernel_and_convolution
 from tf_frobreg.penalties import explicit_form
 from tf_frobreg.penalties.closed_form import ClosedForm, closed_form
-from tf_frobreg.penalties.penalty_function import evaluate_if
+from tf_frobreg.penalties.penalty_function import ONE, Weight, weighted
 
 __all__ = ["frobenius_gradient", "frobenius_penalty", "penalty_excess", "penalty_floor"]
 
@@ -61,17 +61,13 @@ class FrobeniusPenalty:
         if self.method == "sparse":
             check_tensorflow('method="sparse"', kernel)
             return explicit_form.penalty(kernel, self.conv, self.alpha)
-        return self.excess(kernel) + self.floor
+        return self.weighted(kernel, ONE)
 
-    def value_if(self, active: Any, kernel: Any) -> tuple[Any, float]:
-        """Returns a scalar and a number, the product of which is R_α.
-
-        If `active` is false, nothing is computed and the scalar means nothing. See `PenaltyFunction`.
-        """
+    def weighted(self, kernel: Any, weight: Weight) -> Any:
+        """Returns weight·R_α, or 0 without computing it if the weight is 0."""
         if self.method == "sparse":
-            return evaluate_if(active, self.value, kernel), 1.0
-        value, copies = self._closed_form.value_per_copy(kernel, self.alpha, active), self._closed_form.copies
-        return (value + self.floor / copies if self.floor else value), float(copies)
+            return weighted(self.value, kernel, weight)
+        return self._closed_form.weighted(kernel, self.alpha, weight, self.floor)
 
     def excess(self, kernel: Any) -> Any:
         """Returns R_α − floor."""
