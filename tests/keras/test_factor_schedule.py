@@ -187,8 +187,11 @@ def model_with(layer, **options):
     return model
 
 
-@pytest.mark.parametrize("jit_compile", [False, True], ids=["plain", "jit"])
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+@pytest.mark.parametrize(
+    ("place", "jit_compile"),
+    [*((place, False) for place in PLACES), (OwnWeights, True), (on_a_variable_after_building, True)],
+    ids=lambda value: getattr(value, "__name__", "jit" if value is True else "plain"),
+)
 def test_a_schedule_reaches_every_place_of_a_penalty(place, jit_compile):
     """Without the penalty the layer has the loss of the same model with factors of zero."""
     model = model_with(place(), jit_compile=jit_compile)
