@@ -12,10 +12,11 @@ whose operations could be counted.
 - Every n: computed from two medians of the lazy model, (step with penalties + (n − 1) · step without) / n.
   `--fit` compares this with `model.fit` on 32 batches: `--fit --networks MobileNetV2 --size 96`.
 - Beyond 1.1/n: what every n adds to the plain step, less 1.1/n of what penalties at every step add.
-- First step: less the fastest ordinary step, each model in a process of its own. It contains tracing and
-  compilation.
+- First step: the first two steps less two ordinary ones, each model in a process of its own. They contain
+  tracing and compilation. `LazyPenalty` has a function with penalties, and one without in the second step.
 - Memory: the peak of the accelerator, or of the whole process with its libraries, after these steps.
-- Nodes: the operations in the graph of the training step and in the functions that it calls.
+- Nodes: the operations in the graph of the training step and in the functions that it calls. `LazyPenalty`
+  has two graphs.
 
 The last table is of a ResNet-18 for 32×32 images under TensorFlow: an epoch of 50,000 images is computed from
 a step of 128. `SingularValueMonitor` measures before training, where it has no vectors to start from, and
@@ -93,8 +94,8 @@ def data(case, batches=1):
 
 
 def training_step(model, kind, x, y):
-    """A function that trains a step and returns its seconds. "every n" has penalties at every second one."""
-    lazy = LazyPenalty(every=2) if kind == "every n" else None
+    """A function that trains a step and returns its seconds. "every n" has penalties at every third one."""
+    lazy = LazyPenalty(every=3) if kind == "every n" else None
     if lazy is not None:
         lazy.set_model(model)
         model.make_train_function()
@@ -111,21 +112,32 @@ def training_step(model, kind, x, y):
 
 
 def steps_in_turn(case):
-    """Seconds of the steps: plain, every step, and the lazy model's with and without penalties."""
+    """Seconds of the steps by name. Steps with penalties slow the next step down, whichever it is."""
     x, y = map(keras.ops.convert_to_tensor, data(case))
     plain, always, lazy = (training_step(build(case, kind)[0], kind, x, y) for kind in KINDS)
-    rounds = [[step() for step in (plain, always, lazy, lazy)] for _ in range(1 + case.rounds)]
-    return np.transpose(rounds[1:])  # the first one compiles
+    order = (
+        {"with": lazy, "without": lazy, "plain": plain},
+        {"without": lazy, "every step": always, "plain": plain},
+    )
+    seconds = {name: [] for part in order for name in part}
+    for number in range(1 + case.rounds):
+        for part in order:
+            for name, step in part.items():
+                found = step()
+                if number > 0:  # the first round compiles
+                    seconds[name].append(found)
+    return seconds
 
 
 def first_step(case, kind, count):
-    """Seconds of the first step less an ordinary one, peak memory and, if `count`, number of operations."""
+    """Seconds of the first steps beyond ordinary ones, peak memory and, if `count`, number of operations."""
     model, report = build(case, kind)
     x, y = map(keras.ops.convert_to_tensor, data(case))
     step = training_step(model, kind, x, y)
-    first, *later = (step() for _ in range(5 if case.rounds > 3 else 3))
+    first, second, *later = (step() for _ in range(8 if case.rounds > 3 else 5))
+    first += second - min(later[1::3]) - min(later[::3])  # with and without penalties, if lazy
     device, peak = device_and_peak_memory()
-    found = {"device": device, f"first {kind}": first - min(later[1::2]), f"MB {kind}": peak}
+    found = {"device": device, f"first {kind}": first, f"MB {kind}": peak}
     if count and keras.config.backend() == "tensorflow":
         found[f"operations {kind}"] = count_operations(model, kind, x, y)
     if report is not None:
@@ -155,13 +167,19 @@ def device_and_peak_memory():
 
 
 def count_operations(model, kind, x, y):
-    """Operations of the graph of a training step, with those of the functions that it calls."""
-    step = tf.function(lambda x, y: model.train_step((x, y)), autograph=False)
-    lazy = kind == "every n"
-    with share_weight(model, find_penalties(model, kind)).in_step(1.0) if lazy else nullcontext():
-        graph = step.get_concrete_function(x, y).graph
-    functions = graph.as_graph_def().library.function
-    return len(graph.get_operations()) + sum(len(function.node_def) for function in functions)
+    """Operations of the graphs of a training step, with those of the functions that they call."""
+    contexts = [nullcontext()]
+    if kind == "every n":
+        weight = share_weight(model, find_penalties(model, kind))
+        contexts = [weight.in_step(2.0), weight.in_step(0.0)]
+    count = 0
+    for context in contexts:
+        step = tf.function(lambda x, y: model.train_step((x, y)), autograph=False)
+        with context:
+            graph = step.get_concrete_function(x, y).graph
+        functions = graph.as_graph_def().library.function
+        count += len(graph.get_operations()) + sum(len(function.node_def) for function in functions)
+    return count
 
 
 def fit_seconds(case):
@@ -180,17 +198,19 @@ def fit_seconds(case):
     return np.median(rounds[1:], axis=0)
 
 
-def measure(case, operations):
+def measure(case, operations, with_first_step):
     """All figures of a case. `operations` keeps those of the network."""
     row = case._asdict() | {"backend": keras.config.backend()}
-    for kind in KINDS:
+    for kind in KINDS if with_first_step else ():
         row |= in_own_process(first_step, case, kind, case.network not in operations)
     counted = {name: value for name, value in row.items() if name.startswith("operations")}
     row |= operations.setdefault(case.network, counted)
     steps = in_own_process(steps_in_turn, case)
-    plain, always, with_penalties, without = np.median(steps, axis=1)
-    row |= {"plain": plain, "every step": always, "with": with_penalties, "without": without}
-    row["spread"] = np.median(np.abs(steps[0] - plain)) / plain
+    row |= {name: np.median(seconds) for name, seconds in steps.items()}
+    plain, always, with_penalties, without = (
+        row[name] for name in ("plain", "every step", "with", "without")
+    )
+    row["spread"] = np.median(np.abs(np.array(steps["plain"]) - plain)) / plain
     for every in EVERY:
         mean = (with_penalties + (every - 1) * without) / every
         row[f"every {every}"] = mean
@@ -259,7 +279,8 @@ def fit_table(case, row):
 
 def conditions(row):
     """What all cases have in common."""
-    return f"{row['size']}×{row['size']}, {POLICIES[row['precision']]}, {row['backend']}, {row['device']}"
+    device = row.get("device", f"{os.cpu_count()} CPU cores")
+    return f"{row['size']}×{row['size']}, {POLICIES[row['precision']]}, {row['backend']}, {device}"
 
 
 def monitor_table():
@@ -325,6 +346,7 @@ def arguments():
         choices=("no", "yes", "both"),
         help=f"compile with XLA (default: both for {SMALLEST} and the smallest batch, else no)",
     )
+    parser.add_argument("--steps-only", action="store_true", help="leave out the first step and ResNet-18")
     parser.add_argument("--fit", action="store_true", help="also measure `fit`, for the first case")
     parser.add_argument("--csv", type=Path, help="a file for all figures. Each case is written when measured")
     options = parser.parse_args()
@@ -342,16 +364,17 @@ def main():
     rows, operations = [], {}
     try:
         for case in cases(options):
-            rows.append(measure(case, operations))
+            rows.append(measure(case, operations, not options.steps_only))
             if options.csv:
                 save(options.csv, rows)
     finally:  # a run that is cut short shows what it has
         if rows:
             console.print(step_table(rows))
-            console.print(cost_table(rows))
+            if not options.steps_only:
+                console.print(cost_table(rows))
     if options.fit:
         console.print(fit_table(next(cases(options)), rows[0]))
-    if not options.quick and keras.config.backend() == "tensorflow":
+    if not (options.quick or options.steps_only) and keras.config.backend() == "tensorflow":
         console.print(monitor_table())
 
 
