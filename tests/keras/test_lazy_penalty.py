@@ -633,6 +633,29 @@ class OwnStep(Own):
         return {"loss": loss}
 
 
+class OwnOptimizer(OwnStep):
+    """A model that is compiled without an optimizer."""
+
+    def compile(self, optimizer, loss):
+        super().compile(optimizer=None, loss=loss)
+        self.own = optimizer
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x) - y) ** 2) + tf.add_n(self.losses)
+        self.own.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_a_model_without_optimizer():
+    model, lazy = OwnOptimizer(), StepLosses()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model(data()[0])
+    fit_epochs(model, LazyPenalty(3), lazy, epochs=1)
+    assert lazy.losses[0] > 1.0 > lazy.losses[1]
+
+
 @pytest.mark.parametrize("kind", [Own, OwnStep])
 def test_a_model_of_the_user(kind):
     model = kind()

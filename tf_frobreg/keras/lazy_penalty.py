@@ -25,7 +25,8 @@ class LazyPenalty(keras.callbacks.Callback):
       of the penalty, because Adam divides rare large gradients by their size.
     - SGD with momentum adds up the rare large steps of the penalty. It diverges if learning rate · factor · n
       is too large, at a factor of 1 already with n = 16. `examples/study_lazy.py` measures both.
-    - The first step of a model counts, then every n-th one, also across several trainings.
+    - The first step of a model counts, then every n-th one, also across several trainings. The steps are
+      those that the optimizer has counted.
     - The progress bar shows the weights of the steps so far. At the end of an epoch `loss` is corrected by
       the penalties of that time, if its samples had not the mean weight. Callbacks that read `loss` must come
       after this one.
@@ -36,6 +37,8 @@ class LazyPenalty(keras.callbacks.Callback):
       two steps, and takes as long as for the model with penalties and for the model without.
     - At the other steps TensorFlow has no gradient of the penalties, not even 0. A kernel that only its
       penalty reaches stays as it is, and a `train_step` of your own may get None for its gradient.
+    - If a later callback interrupts the training in `on_train_batch_begin`, the next step of the model has
+      its weight already, also without this callback.
     - The penalties are all regularizers of this package, as for `FactorSchedule`.
 
     Args:
@@ -113,6 +116,8 @@ class LazyPenalty(keras.callbacks.Callback):
         """Returns the number of steps of earlier trainings of the model."""
         model = self.model
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)  # with a loss scale
+        if optimizer is None:  # a `train_step` of the user has its own
+            return 0
         batches = int(to_array(optimizer.iterations)) * (optimizer.gradient_accumulation_steps or 1)
         return batches // getattr(model, "steps_per_execution", 1)
 
