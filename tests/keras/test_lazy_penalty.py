@@ -629,7 +629,8 @@ class OwnStep(Own):
         x, y = data
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean((self(x) - y) ** 2) + tf.add_n(self.losses)
-        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        optimizer = self.optimizer or self.own_optimizer
+        optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
         return {"loss": loss}
 
 
@@ -638,14 +639,7 @@ class OwnOptimizer(OwnStep):
 
     def compile(self, optimizer, loss):
         super().compile(optimizer=None, loss=loss)
-        self.own = optimizer
-
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean((self(x) - y) ** 2) + tf.add_n(self.losses)
-        self.own.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
-        return {"loss": loss}
+        self.own_optimizer = optimizer
 
 
 def test_a_model_without_optimizer():
