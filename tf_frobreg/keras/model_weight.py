@@ -49,7 +49,7 @@ class ModelWeight:
         """Returns 0 for a step without penalties.
 
         With TensorFlow only the first one has a gradient, because Keras refuses a step without any. Gradients
-        of 0 for all kernels cost 2 % of a step of ResNet50, since adding them moves as much memory.
+        of 0 for all kernels would be arrays of their size, which TensorFlow writes and adds.
         """
         if keras.config.backend() == "tensorflow" and self._has_gradient:
             return tf.zeros((), dtype_of(kernel))
