@@ -201,6 +201,16 @@ def test_every_third_step_has_the_penalties(penalty, options):
     assert model.evaluate(*reference.data(), verbose=0) == pytest.approx(before, rel=1e-6)
 
 
+def test_another_n_in_a_later_training():
+    model = still()
+    total, plain = sum(reference.penalties(model)), lazy_losses(model)[0]
+    for every in (3, 2):
+        model.optimizer.iterations.assign(0)
+        weights = 1 + (lazy_losses(model, LazyPenalty(every))[0] - plain) / total
+        expected = [every if step % every == 0 else 0 for step in range(8)]
+        np.testing.assert_allclose(weights, expected, atol=1e-3)
+
+
 def test_batches_of_unequal_size():
     model = still()
     _, epochs, _ = lazy_losses(model, batch_size=6)

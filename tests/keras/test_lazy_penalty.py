@@ -681,6 +681,15 @@ def test_bad_arguments(every, error, message):
         LazyPenalty(every)
 
 
+def test_n_can_be_changed_between_trainings():
+    callback = LazyPenalty(2)
+    callback.every = 4
+    np.testing.assert_allclose(weights_of_steps(still(), callback, epochs=1), [4, 0, 0, 0], atol=1e-4)
+    with pytest.raises(ValueError, match="every must be at least 1. Received: every=0"):
+        callback.every = 0
+    assert callback.every == 4
+
+
 def test_a_model_without_penalty_is_refused():
     with pytest.raises(ValueError, match="LazyPenalty needs a model with a penalty of this package"):
         fit_epochs(penalised_model(factor=0), LazyPenalty(4))

@@ -42,7 +42,7 @@ class LazyPenalty(keras.callbacks.Callback):
     - The penalties are all regularizers of this package, as for `FactorSchedule`.
 
     Args:
-        every: n. 1 computes the penalties at every step.
+        every: n. 1 computes the penalties at every step. The attribute can be set between epochs.
 
     Raises:
         ValueError: If `every` is below 1. During training: if the model has no penalty of this package, or
@@ -61,12 +61,21 @@ class LazyPenalty(keras.callbacks.Callback):
 
     def __init__(self, every: int) -> None:
         super().__init__()
-        self.every = check_integer("every", every)
+        self.every = every
         self._step = 0
         self._is_started = False  # whether `_step` is that of the model
         self._ordinary: Any = None  # the training function of the model
         self._count_samples: Any = None
         self._forget_samples()
+
+    @property
+    def every(self) -> int:
+        """n, which can be set between epochs."""
+        return self._every
+
+    @every.setter
+    def every(self, every: int) -> None:
+        self._every = check_integer("every", every)
 
     def _forget_samples(self) -> None:
         self._samples: Any = 0.0  # of this epoch, in the steps that count
