@@ -48,7 +48,7 @@ class StopReason(enum.Enum):
     STATIONARY = "converged: the gradient is below its tolerance"
     STALLED = (
         "not converged: R falls no further; use escape=True, float64, a larger tolerance or an image size "
-        "that the strides divide"
+        "that the strides divide, and scale a kernel up whose gradient is 0"
     )
     OUT_OF_REACH = (
         "not converged: no kernel of this geometry reaches √α, because some pixels have too few taps and "

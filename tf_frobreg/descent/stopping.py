@@ -63,8 +63,9 @@ class ConvergenceCheck:
         )
         self._bound = penalty.deviation_bound  # rarely called, so tracing would take longer
         size = penalty.num_singular_values
-        above = 2 * self._target * tolerance + tolerance**2  # σ² − α at σ = √α + tolerance
-        below = 2 * self._target * tolerance - tolerance**2  # α − σ² at σ = √α − tolerance
+        square = tolerance * tolerance  # ** would raise OverflowError
+        above = 2 * self._target * tolerance + square  # σ² − α at σ = √α + tolerance
+        below = 2 * self._target * tolerance - square  # α − σ² at σ = √α − tolerance
         # Up to the first excess every kernel has converged. Above the second no kernel has.
         self._allowed = below if tolerance < self._target else above  # largest |σ² − α| that has converged
         self._sufficient = self._allowed**2
