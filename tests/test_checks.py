@@ -1,9 +1,13 @@
 """Argument checks."""
 
 import builtins
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from ids import stable_id
 
 import tf_frobreg.checks
 from tf_frobreg.checks import (
@@ -25,7 +29,16 @@ def test_numbers_may_be_numpy_scalars(value):
     assert type(check_number("alpha", value)) is float
 
 
-@pytest.mark.parametrize("value", [True, np.True_, "1", None, [1.0, 2.0], 1j, float("nan"), float("inf"), -1])
+@pytest.mark.parametrize("value", [np.array(2), tf.constant(2.0), np.float16(2)])
+def test_numbers_may_be_arrays_and_tensors_of_one_number(value):
+    assert check_number("alpha", value) == 2.0
+
+
+NO_NUMBERS = [True, np.True_, "1", None, [1.0, 2.0], 1j, float("nan"), float("inf"), -1, np.array(True)]
+NO_NUMBERS += [np.array([True]), np.complex64(1), np.array("1"), tf.constant("1"), tf.constant(1j), 10**400]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=stable_id)
 def test_what_is_no_number_is_refused_by_name(value):
     with pytest.raises((ValueError, TypeError), match="alpha must be .*Received: alpha="):
         check_number("alpha", value)
@@ -102,6 +115,33 @@ def test_free_memory_does_not_need_linux(monkeypatch):
 
     monkeypatch.setattr(builtins, "open", no_such_file)
     assert free_memory() > 1 << 24
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used"), tf_frobreg.checks.CONTAINERS, ids=["version_2", "version_1"]
+)
+def test_free_memory_heeds_the_limit_of_a_container(folder, limit, used, monkeypatch, tmp_path):
+    monkeypatch.setattr(tf_frobreg.checks, "CONTAINERS", [(tmp_path, limit, used)])
+    (tmp_path / "memory.stat").write_text("file 9000\ninactive_file 3000\n")
+    (tmp_path / used).write_text("40000\n")
+    (tmp_path / limit).write_text("50000\n")
+    assert free_memory() == 13000
+    (tmp_path / limit).write_text("max\n")
+    assert free_memory() > 1 << 24
+
+
+LIMITED = """
+import resource
+from tf_frobreg.checks import check_memory, free_memory
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.RLIM_INFINITY))
+assert free_memory() < 4 << 30
+check_memory(5 << 30, "a matrix", "a smaller one")
+"""
+
+
+def test_free_memory_heeds_the_limit_of_the_process():
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True)
+    assert "ValueError: a matrix: this needs 5,368,709,120 bytes, but" in done.stderr
 
 
 @pytest.mark.parametrize(

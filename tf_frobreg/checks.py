@@ -1,11 +1,13 @@
 """Argument checks whose errors name the argument. This module does not import TensorFlow."""
 
+import contextlib
 import difflib
 import math
 import operator
 import os
+import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,19 @@ MOST_NAMES, FEWER_NAMES = 10, 8
 # Similarity of two names, from 0 to 1. Two exchanged letters of three leave 2/3.
 SIMILAR = 0.65
 ALWAYS_FREE = 1 << 24  # bytes. Reading the free memory takes longer than computing a small penalty
+# The folder of a container's files, its limit and what it uses: versions 2 and 1 of Linux' control groups.
+CONTAINERS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 
 
 def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool = False) -> float:
     """Returns `value` as a plain float, or raises an error that names the argument."""
     wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
-    # A bool is an int, and float() accepts NumPy booleans and strings. None of them is meant as a number.
+    # A bool is an int, and float() accepts strings and arrays of them. None of them is meant as a number.
     try:
-        if isinstance(value, (bool, np.bool_, str, bytes)):
+        if isinstance(value, (bool, str, bytes)) or not _holds_numbers(value):
             raise TypeError
         number = float(value)
     except OverflowError:  # an int that is too large for a float
@@ -41,7 +48,7 @@ def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
         number = operator.index(value)
-    except TypeError:
+    except (TypeError, ValueError, AttributeError, NotImplementedError):  # tensors raise many
         raise TypeError(f"{name} must be an integer. Received: {_received(name, value)}") from None
     if number < minimum:
         raise ValueError(f"{name} must be at least {minimum}. Received: {_received(name, value)}")
@@ -90,7 +97,7 @@ def enumeration(names: Sequence[str]) -> str:
 
 
 def check_memory(needed: int, what: str, instead: str) -> None:
-    """Raises ValueError if `needed` bytes are more than this machine has free now.
+    """Raises ValueError if `needed` bytes are more than this process can take now.
 
     Args:
         needed: Number of bytes.
@@ -105,18 +112,49 @@ def check_memory(needed: int, what: str, instead: str) -> None:
         raise ValueError(f"{what}: this needs {needed:,} bytes, but {free:,} are free. Use {instead}.")
 
 
+def _holds_numbers(value: Any) -> bool:
+    """Returns whether an array or tensor is of a real number type. Anything else without a dtype may be."""
+    dtype = getattr(value, "dtype", None)
+    name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    return dtype is None or name.startswith(("float", "bfloat", "int", "uint"))
+
+
 def _received(name: str, value: Any) -> str:
     """Returns "name=value" on one line, with long values shortened."""
     return f"{name}={' '.join(reprlib.repr(value).split())}"
 
 
 def free_memory() -> int:
-    """Returns the number of bytes that this machine has free."""
+    """Returns the number of bytes that this process can still take."""
+    return min([_free_of_machine(), *_free_of_limits()])
+
+
+def _free_of_machine() -> int:
     try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        lines = _read("/proc/meminfo").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: half of the installed memory, or of 8 GiB
         installed = 8 << 30
         if hasattr(os, "sysconf"):
             installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return installed // 2
+
+
+def _free_of_limits() -> Iterator[int]:
+    """Yields what is left of the limits of a container and of the process (`ulimit -v`), where they exist."""
+    for folder, limit, used in CONTAINERS:
+        with contextlib.suppress(OSError, ValueError):  # there is none: no such file, or "max"
+            cached = re.search(r"^inactive_file (\d+)", _read(f"{folder}/memory.stat"), re.MULTILINE)
+            left = int(_read(f"{folder}/{limit}")) - int(_read(f"{folder}/{used}"))
+            yield left + (int(cached[1]) if cached else 0)
+    with contextlib.suppress(ImportError, OSError):  # not Linux
+        import resource
+
+        allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if allowed != resource.RLIM_INFINITY:
+            yield allowed - int(_read("/proc/self/statm").split()[0]) * resource.getpagesize()
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()

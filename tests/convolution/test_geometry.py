@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from geometries import CIRCULAR_CASES, KERAS_CASES, label
+from ids import stable_id
 
 from tf_frobreg.convolution.geometry import Convolution
 
@@ -83,6 +84,24 @@ def test_padding_is_read_in_any_case(padding):
     assert Convolution((3, 3, 1, 1), 8, padding=padding) == Convolution(
         (3, 3, 1, 1), 8, padding=padding.lower()
     )
+
+
+@pytest.mark.parametrize(
+    "size", [[4, 5], (4, 5), np.array([4, 5]), tf.constant([4, 5]), tf.TensorShape([4, 5])]
+)
+def test_sizes_may_be_any_sequence(size):
+    assert Convolution((3, 3, 1, 1), size).input_size == (4, 5)
+
+
+SIZES = [[1, [2, 3]], "44", b"44", {4, 5}, {4: 5}, print, [4, None], [4, 0.5], np.array([True, True])]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=stable_id)
+@pytest.mark.parametrize("name", ["input_size", "strides", "dilation_rate"])
+def test_what_is_no_size_is_refused_by_name(name, size):
+    arguments = {"input_size": 4} | {name: size}
+    with pytest.raises(TypeError, match=f"{name} must .*Received: {name}="):
+        Convolution((3, 3, 1, 1), **arguments)
 
 
 def test_unknown_arguments_are_refused_with_the_known_ones():

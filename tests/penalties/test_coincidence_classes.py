@@ -53,3 +53,11 @@ def test_long_kernels_are_refused_before_they_fill_the_memory():
     assert np.isfinite(frobenius_penalty(np.ones((40, 1, 2)), 16000, strides=4, padding="valid"))
     with pytest.raises(ValueError, match=r"an axis of 320 taps has [\d,]+ coincidence classes.*bytes"):
         frobenius_penalty(np.ones((320, 1, 2)), 160000, strides=80, padding="valid")
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", "circular"])
+def test_wide_kernels_are_refused_before_they_fill_the_memory(padding):
+    options = {"dilation_rate": 10**9, "padding": padding}
+    assert np.isfinite(frobenius_penalty(np.ones((3, 1, 2)), 30, **options | {"padding": "same"}))
+    with pytest.raises(ValueError, match="kernel spans 2,000,000,001: this needs .* Use a smaller dilation"):
+        frobenius_penalty(np.ones((3, 1, 2)), 2**31 - 1, **options)

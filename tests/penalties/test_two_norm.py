@@ -68,3 +68,11 @@ KERNEL = np.ones((3, 3, 1, 1))
 def test_bad_arguments_are_refused_by_name(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+def test_an_image_that_does_not_fit_in_memory_is_refused():
+    for size in (2**31 - 1, 10**6):
+        with pytest.raises(ValueError, match="input_size=.* this needs .* bytes, but .* are free"):
+            spectral_penalty(np.ones((3, 3, 1, 1)), size)
+    with pytest.raises(ValueError, match="dilation_rate=.2147483647.* this needs .* bytes, but .* are free"):
+        spectral_penalty(np.ones((3, 3, 1, 1)), 4, dilation_rate=2**31 - 1)

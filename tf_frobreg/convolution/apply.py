@@ -1,10 +1,13 @@
 """Products of M and Mᵀ with images, computed without forming M."""
 
+import math
+import reprlib
 from typing import Any
 
 import numpy as np
 
 from tf_frobreg.backends import Operations, dtype_of, operations_of
+from tf_frobreg.checks import check_memory
 from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution
 
@@ -35,6 +38,20 @@ def apply_adjoint(kernel: Any, images: Any, conv: Convolution) -> Any:
         `(batch, *conv.input_shape)`.
     """
     return (_forward if conv.transposed else _adjoint)(kernel, images, conv)
+
+
+def check_images(conv: Convolution, vectors: int) -> None:
+    """Raises ValueError if float64 images do not fit in memory.
+
+    Args:
+        conv: The geometry.
+        vectors: How many images there are of either side of M, beside the one with its border.
+    """
+    padded = math.prod(conv.blocks[:2]) * math.prod(map(_padded_size, conv.axes))
+    entries = vectors * (math.prod(conv.input_shape) + math.prod(conv.output_shape)) + padded
+    sizes = f"input_size={reprlib.repr(conv.input_size)}, dilation_rate={reprlib.repr(conv.dilation_rate)}"
+    what = f"products with M for {sizes} take images of {entries:,} entries in all"
+    check_memory(8 * entries, what, "a smaller input_size")
 
 
 def _forward(kernel: Any, images: Any, conv: Convolution) -> Any:
@@ -74,9 +91,14 @@ def _adjoint(kernel: Any, images: Any, conv: Convolution) -> Any:
     return ops.adjoint(lambda inputs: _forward(kernel, inputs, conv), zeros, images)
 
 
+def _padded_size(axis: Axis) -> int:
+    """Returns the number of positions from the first to the last that an output reads."""
+    return (axis.output_size - 1) * axis.stride + axis.span
+
+
 def _pad(images: Any, axis: Axis, number: int, ops: Operations) -> Any:
     """Adds the positions that outputs read outside the image, and drops those that no output reads."""
-    end = (axis.output_size - 1) * axis.stride + axis.span - axis.pad  # one past the last input read
+    end = _padded_size(axis) - axis.pad  # one past the last input read
     if axis.padding == "circular":
         return ops.take(images, np.arange(-axis.pad, end) % axis.input_size, axis=number)
     added = [(0, 0)] * len(images.shape)

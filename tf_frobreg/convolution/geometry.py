@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any, Literal, Self, TypedDict
 
@@ -344,9 +344,14 @@ def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
 
 def _check_size(name: str, value: Any) -> int | tuple[int, ...]:
     """Returns an int, or a tuple of ints."""
-    if not np.ndim(value) > 0:  # works for lists, tuples, arrays, tensors and TensorShapes alike
+    # Lists, tuples, arrays, tensors and TensorShapes. The length of an array without axes raises TypeError.
+    try:
+        is_sequence = not isinstance(value, (str, bytes, Mapping, Set)) and len(value) >= 0
+        sizes = tuple(value) if is_sequence else ()
+    except (TypeError, ValueError, AttributeError, NotImplementedError):
+        is_sequence = False
+    if not is_sequence:
         return check_integer(name, value)
-    sizes = tuple(value)
     if any(n is None for n in sizes):  # as in the shape of a batch, (None, 28, 28, 1)
         raise TypeError(
             f"{name} must hold one integer per spatial axis, without batch and channels. "

@@ -18,6 +18,7 @@ from tf_frobreg.convolution.geometry import Side
 
 # Per class and pair, from the bools here to the float64 and float32 matrices of the closed form.
 BYTES_PER_MEMBER = 40
+BYTES_PER_PAIR = 300  # at most, of the Python objects for a pair of taps at an output: measured 5 to 295
 
 Class = tuple[tuple[int, int], ...]  # pairs (p, r), sorted
 
@@ -148,6 +149,11 @@ def _transposed(c: Class) -> Class:
 
 def _places_by_class(axis: Axis, side: Side) -> dict[Class, list[tuple[int, int]]]:
     """Returns the places (i, j) of each class."""
+    check_memory(
+        BYTES_PER_PAIR * axis.output_size * axis.kernel_size**2,
+        f"an axis of {axis.input_size:,} pixels whose kernel spans {axis.span:,}",
+        "a smaller dilation_rate, or no penalty on this layer",
+    )
     outputs, inputs, entries = axis.taps
     own, shared = (inputs, outputs) if side == "input" else (outputs, inputs)
     meeting = defaultdict(list)

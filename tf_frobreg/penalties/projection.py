@@ -1,5 +1,6 @@
 """The projection of Sedghi, Gupta and Long, which clips the singular values of the border-free operator."""
 
+import math
 import reprlib
 from typing import Any, Unpack
 
@@ -7,12 +8,15 @@ import keras
 import numpy as np
 
 from tf_frobreg.backends import KerasOperations, dtype_of, itemsize
-from tf_frobreg.checks import check_number
+from tf_frobreg.checks import check_memory, check_number
 from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import kernel_and_convolution
 
 __all__ = ["clip_singular_values"]
+
+# Peak memory, in units of one complex128 block per frequency.
+SPECTRA = 4
 
 
 def clip_singular_values(
@@ -67,6 +71,12 @@ def clip_singular_values(
 def clip(kernel: Any, conv: Convolution, low: float, high: float) -> Any:
     """Returns `clip_singular_values` of checked arguments, except that it checks `conv`."""
     _check_operator(conv)
+    frequencies, blocks = math.prod(conv.input_size), math.prod(conv.blocks)
+    check_memory(
+        SPECTRA * 16 * frequencies * blocks,
+        f"the projection for input_size={reprlib.repr(conv.input_size)} has {frequencies:,} frequencies",
+        "a smaller input_size",
+    )
     rank = len(conv.kernel_size)
     spectrum = keras.ops.cast(conv.by_group(kernel, keras.ops), f"complex{16 * itemsize(kernel)}")
     # The position of the taps changes only the phase of each frequency, and no singular value.

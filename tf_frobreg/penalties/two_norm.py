@@ -9,13 +9,14 @@ import numpy as np
 
 from tf_frobreg.backends import compiled, dtype_of, in_full_precision
 from tf_frobreg.checks import check_choice, check_integer, check_number
-from tf_frobreg.convolution.apply import apply, apply_adjoint
+from tf_frobreg.convolution.apply import apply, apply_adjoint, check_images
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import kernel_and_convolution
 
 __all__ = ["spectral_penalty"]
 
 GRAMS = ("columns", "smaller")
+VECTORS = 9  # peak memory of the power steps, in float64 images of either side of M
 
 
 def spectral_penalty(
@@ -132,6 +133,7 @@ def _compiled(conv: Convolution, alpha: float, gram: str, steps: int) -> Callabl
 def start_vector(conv: Convolution, gram: str, dtype: str) -> np.ndarray:
     """Returns a random unit vector `(1, *size, channels)`, the same at every call."""
     shape = (1, *(conv.output_shape if _uses_mmt(conv, gram) else conv.input_shape))
+    check_images(conv, VECTORS)
     vector = np.random.RandomState(0).standard_normal(shape)
     return (vector / np.linalg.norm(vector)).astype(dtype)
 

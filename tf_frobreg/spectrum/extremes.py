@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 
 from tf_frobreg.checks import check_accuracy, check_integer, check_memory, check_number
+from tf_frobreg.convolution.apply import check_images
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import kernel_and_convolution, known_values
 from tf_frobreg.spectrum.all_values import (
@@ -131,6 +132,7 @@ class ExtremesFinder:
                 f"{LANCZOS_VECTORS} vectors of {self._size:,} entries",
                 "a smaller input_size",
             )
+            check_images(conv, 1)
 
     def __call__(
         self, kernel: np.ndarray, start: ExtremeSingularValues | None = None
