@@ -1,9 +1,14 @@
 """Files are read without unpickling, and written whole or not at all."""
 
+import contextlib
 import os
 import pickle
 import re
+import resource
+import subprocess
+import sys
 
+import keras
 import numpy as np
 import pytest
 
@@ -16,7 +21,9 @@ from tf_frobreg.cli.files import (
     output_files,
     read_arrays,
     refusals_as_bad_input,
+    write_files,
 )
+from tf_frobreg.cli.model_files import save_model
 
 
 def test_existing_files_are_kept_unless_forced(kernel, tmp_path, run):
@@ -62,7 +69,27 @@ def damaged(tmp_path, kind):
         np.save(path, np.ones((3, 3, 1, 0)))
     elif kind == "directory":
         path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "circle":
+        path.symlink_to(path)
+    elif kind in HEADERS:
+        np.save(path, np.ones((3, 3, 1, 1)))
+        whole = path.read_bytes()
+        end = whole.index(b"\n")
+        path.write_bytes(whole[:10] + HEADERS[kind].ljust(end - 10) + whole[end:])
     return path
+
+
+# What NumPy's parser of headers raises: TokenError, IndentationError, SyntaxError, TypeError, KeyError.
+HEADERS = {
+    "open_bracket": b"{'descr': '<f8', 'fortran_order': False, 'shape': (3, 3",
+    "indented": b"{\n  1\n 2}",
+    "not_python": b"{'descr': '<f8' 'shape'",
+    "unhashable": b"{[]: 1}",
+    "other_keys": b"{'a': 1}",
+    "odd_type": b"{'descr': ('<f8', []), 'fortran_order': False, 'shape': (9,), }",
+}
 
 
 @pytest.mark.parametrize(
@@ -81,6 +108,9 @@ def damaged(tmp_path, kind):
         ("nan", "kernel must be finite"),
         ("flat", "kernel must have rank 4"),
         ("no_entries", "must not be empty"),
+        ("pipe", "FILE cannot be read (it is no ordinary file)"),
+        ("circle", "FILE cannot be read (Too many levels of symbolic links)"),
+        *((kind, "FILE must be a whole .npy file") for kind in HEADERS),
     ],
 )
 def test_bad_kernel_files(kind, message, tmp_path, run):
@@ -106,6 +136,30 @@ def test_an_archive_of_arrays(tmp_path):
     (tmp_path / "two.npz").write_bytes(whole.replace(b"NUMPY", b"NUMPI"))
     with pytest.raises(BadInput, match="FILE must be a whole .npy or .npz file of plain numbers"):
         read_arrays(tmp_path / "two.npz")
+
+
+@pytest.mark.parametrize(
+    ("place", "byte"),
+    [(8, b"\x63"), (6, b"\x01")],
+    ids=["compression_method", "encrypted"],
+)
+def test_archives_that_cannot_be_unpacked(place, byte, tmp_path):
+    """Byte 8 of an entry is its method, byte 6 has the flag of encryption. The directory repeats both."""
+    path = tmp_path / "kernels.npz"
+    np.savez_compressed(path, a=np.ones(2))
+    whole = bytearray(path.read_bytes())
+    directory = whole.index(b"PK\x01\x02")
+    whole[place : place + 1] = whole[directory + place + 2 : directory + place + 3] = byte
+    path.write_bytes(whole)
+    with pytest.raises(BadInput, match="FILE must be a whole .npy or .npz file of plain numbers"):
+        read_arrays(str(path))
+
+
+def test_a_path_with_a_null_character(tmp_path):
+    with pytest.raises(BadInput, match="FILE cannot be read .*null"):
+        read_arrays("a\0b.npy")
+    with pytest.raises(BadInput, match="--csv cannot be written .*null"):
+        OutputFile("--csv", str(tmp_path / "a\0b.csv"), force=False)
 
 
 def test_one_file_cannot_hold_two_results(kernel, tmp_path, run):
@@ -140,6 +194,98 @@ def test_a_file_that_is_not_written_to_the_end_leaves_nothing(tmp_path):
     output.write_text(lambda file: file.write("σ\n"))
     assert path.read_bytes() == "σ\n".encode()
     assert path.stat().st_mode & 0o077 == 0o044 & ~umask()
+
+
+def test_names_of_any_bytes_are_written(tmp_path):
+    path = tmp_path / "result.csv"
+    OutputFile("--csv", str(path), force=False).write_text(lambda file: file.write("k\udcff.npy"))
+    assert path.read_text() == "k\\udcff.npy"
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """A context in which no file can grow beyond a size. A full disk raises such errors too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WRITERS = {
+    "array": lambda output: output.write(lambda file: np.save(file, np.ones((3, 3, 4, 4)))),
+    "text": lambda output: output.write_text(lambda file: file.write("σ" * 1000)),
+    "model": lambda output: output.write_path(
+        lambda path: save_model(keras.Sequential([keras.Input((4,)), keras.layers.Dense(500)]), path)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("array", ".npy"), ("text", ".csv"), ("model", ".keras"), ("model", ".h5")]
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_full_disk_leaves_what_was_there(kind, ending, exists, tmp_path):
+    path = tmp_path / f"result{ending}"
+    if exists:
+        path.write_text("precious")
+    output = OutputFile("--output", str(path), force=True)
+    with largest_file(1024), pytest.raises(BadInput, match="--output cannot be written .File too large.: "):
+        WRITERS[kind](output)
+    assert list(tmp_path.iterdir()) == [path] * exists
+    if exists:
+        assert path.read_text() == "precious"
+    WRITERS[kind](output)
+    assert path.stat().st_size > 1024
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_an_overwritten_file_keeps_its_permissions(mode, tmp_path):
+    path = tmp_path / "result.csv"
+    path.write_text("old")
+    path.chmod(mode)
+    OutputFile("--csv", str(path), force=True).write_text(lambda file: file.write("new"))
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == mode
+
+
+KILLED = """
+import os, sys
+from tf_frobreg.cli.files import OutputFile
+OutputFile("--csv", sys.argv[1], force=True).write_path(lambda path: os.kill(os.getpid(), 9))
+"""
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path):
+    path = tmp_path / "result.csv"
+    path.write_text("precious")
+    assert subprocess.run([sys.executable, "-c", KILLED, path]).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    other = OutputFile("--csv", str(path), force=True)
+
+    def write(temporary):  # of a process that is running
+        OutputFile("--csv", str(path), force=True)
+        assert temporary.exists()
+        temporary.write_text("new")
+
+    other.write_path(write)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "new"
+
+
+def test_a_file_that_fails_names_those_before_it(tmp_path):
+    options = {"--csv": str(tmp_path / "a.csv"), "--json": None, "--plot": str(tmp_path / "a.png")}
+    files = output_files(options, force=False)
+
+    def fail(file):
+        raise BadInput("--plot cannot be written")
+
+    write = WRITERS["text"]
+    with pytest.raises(BadInput, match=r"^--plot cannot be written. Written before: .*a\.csv$"):
+        write_files(files, {"--csv": write, "--json": fail, "--plot": fail})
+    with pytest.raises(BadInput, match="^--plot cannot be written$"):
+        write_files(files, {"--plot": fail})
 
 
 def umask():

@@ -1,7 +1,10 @@
 """Models in files: what cannot be loaded gets one line, and no code in a file is run."""
 
+import json
 import warnings
+import zipfile
 
+import h5py
 import keras
 import pytest
 
@@ -92,6 +95,47 @@ def test_a_penalty_whose_function_is_not_known_has_a_hint(function, hint, tmp_pa
         load_model(str(tmp_path / "own.keras"), "FILE")
 
 
+def change_configuration(path, change):
+    """Changes the JSON text of a model in a file."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            file.attrs["model_config"] = change(file.attrs["model_config"])
+        return
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    content["config.json"] = change(content["config.json"].decode()).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("ending", [".h5", ".keras"])
+def test_a_lambda_is_found_however_it_is_spelled(ending, tmp_path):
+    path = tmp_path / f"model{ending}"
+    keras.Sequential([keras.Input((3,)), keras.layers.Lambda(lambda x: 2 * x)]).save(path)
+    change_configuration(path, lambda text: text.replace('"Lambda"', '"\\u004cambda"'))
+    with pytest.raises(BadInput, match="it has a Lambda layer, and its code would be run"):
+        load_model(str(path), "FILE")
+
+
+@pytest.mark.parametrize("ending", [".h5", ".keras"])
+def test_a_function_of_another_module_is_not_called(ending, tmp_path):
+    path = tmp_path / f"model{ending}"
+    keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="relu")]).save(path)
+    foreign = {"module": "os", "class_name": "function", "config": "getcwd", "registered_name": "function"}
+    change_configuration(path, lambda text: text.replace('"relu"', json.dumps(foreign)))
+    with pytest.raises(BadInput, match="Could not locate function 'getcwd'"):
+        load_model(str(path), "FILE")
+
+
+def test_models_of_this_package_are_loaded(tmp_path):
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Conv2D(2, 3), keras.layers.Softmax()])
+    attach_regularizers(model)
+    for ending in (".h5", ".keras"):
+        model.save(tmp_path / f"model{ending}")
+        assert len(load_model(str(tmp_path / f"model{ending}"), "FILE").losses) == 1
+
+
 def test_geometry_is_refused_by_the_names_of_its_options():
     refuse_geometry({}, "model.keras")
     with pytest.raises(
@@ -103,4 +147,4 @@ def test_geometry_is_refused_by_the_names_of_its_options():
 def test_errors_are_short_and_on_one_line():
     assert short(ValueError("outer\nException encountered: inner\n cause")) == "inner cause"
     assert short(KeyError()) == "KeyError"
-    assert short(ValueError("x" * 1000)) == "x" * 300 + " …"
+    assert short(ValueError("x" * 1000)) == f"{'x' * 200} … {'x' * 100}"

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -30,6 +31,73 @@ def test_trouble_with_standard_output_does_not_cost_the_result(stdout, kernel, t
     assert done.returncode == 1
     assert b"Traceback" not in done.stderr
     assert np.load(output).shape == (3, 3, 1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("redirection", "status"),
+    [(">&-", 0), ("2>&-", 0), ("2>/dev/full", 0), ("<&- >&- 2>&-", 0), (">/dev/full", 1), ("| :", 0)],
+)
+def test_standard_streams_that_are_closed_or_full(redirection, status, kernel, tmp_path):
+    command = f"{sys.executable} -m tf_frobreg spectrum {kernel} --input-size 8"
+    for option in ("", f" --csv {tmp_path / 'result.csv'}"):
+        script = f"set -o pipefail; {command}{option} {redirection}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+        assert done.returncode == (0 if option else status), done.stderr
+        assert "Traceback" not in done.stderr
+        assert ("σmax" in done.stdout) == redirection.startswith("2")
+    assert "sigma_max" in (tmp_path / "result.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_terminated_command_leaves_no_files(kernel, tmp_path):
+    command = [
+        "regularize",
+        kernel,
+        "--input-size",
+        "64",
+        "--tolerance",
+        "0",
+        "--output",
+        tmp_path / "new.npy",
+    ]
+    before = set(tmp_path.iterdir())
+    with subprocess.Popen(
+        [sys.executable, "-m", "tf_frobreg", *command, "--max-steps", "1000000", "--no-escape"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        time.sleep(10)
+        process.terminate()
+        stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    assert "Traceback" not in stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_no_room_for_temporary_files(kernel):
+    """TensorFlow needs some."""
+    script = f"ulimit -f 0; {sys.executable} -m tf_frobreg spectrum {kernel} --input-size 8"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "cannot be imported ([Errno 2] No usable temporary directory" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("MPLBACKEND", 0), ("KERAS_BACKEND", 2)])
+def test_a_setting_of_nonsense(name, status, kernel, tmp_path):
+    command = [sys.executable, "-m", "tf_frobreg", "spectrum", kernel, "--input-size", "8"]
+    done = subprocess.run(
+        [*command, "--plot", tmp_path / "a.png"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {name: "nonsense"},
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 1 or not status
 
 
 def test_the_second_ctrl_c_ends_the_work_but_not_the_writing():

@@ -3,11 +3,16 @@
 TensorFlow is imported only after these checks, so that `--help` and bad options answer at once.
 """
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from io import TextIOWrapper
+from typing import NoReturn
 
 from tf_frobreg.cli.arguments import Options, ReproduceOptions, SpectrumOptions, parse_arguments
+from tf_frobreg.cli.messages import one_line
+from tf_frobreg.cli.streams import forgiving_streams, open_closed_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,13 +23,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 converged or measured; 1 not converged or not accurate, the result is written; 2
-        bad input; 130 interrupted, nothing is written.
+        bad input; 130 interrupted, nothing is written; 143 terminated.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # not every terminal can show σ and √
-    options = parse_arguments(arguments)
-    return _run(options)
+    open_closed_streams()
+    with forgiving_streams():
+        options = parse_arguments(arguments)
+        os.environ["MPLBACKEND"] = "agg"  # figures are only written, and another name may be wrong
+        if threading.current_thread() is not threading.main_thread():
+            return _run(options)
+        previous = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return _run(options)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(*_: object) -> NoReturn:
+    """Ends the process like a default SIGTERM, after what is half done has been cleaned up."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _run(options: Options) -> int:
@@ -40,8 +56,7 @@ def _run(options: Options) -> int:
             return spectrum(options)
         return regularize(options)
     except BadInput as error:
-        message = " ".join(str(error).split())
-        print(f"tf-frobreg {options.command}: error: {message}", file=sys.stderr)
+        print(f"tf-frobreg {options.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"tf-frobreg {options.command}: interrupted, nothing written", file=sys.stderr)

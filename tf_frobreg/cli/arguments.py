@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tf_frobreg import __version__
+from tf_frobreg.cli.messages import one_line
 
 if TYPE_CHECKING:
     from tf_frobreg.convolution.geometry import Geometry
@@ -83,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 class _PerAxis(argparse.Action):

@@ -23,9 +23,10 @@ from tf_frobreg.cli.files import (
     read_kernel,
     refusals_as_bad_input,
     size_of_images,
+    write_files,
     written,
 )
-from tf_frobreg.cli.model_files import MODELS, load_model, refuse_geometry
+from tf_frobreg.cli.model_files import MODELS, load_model, refuse_geometry, save_model
 from tf_frobreg.cli.terminal import (
     StopRequest,
     load_tensorflow,
@@ -59,7 +60,7 @@ def reproduce(options: ReproduceOptions) -> int:
         f"{name}{ending}": os.path.join(options.output_dir, f"{name}{ending}") for ending in (".png", ".csv")
     }
     outputs = {f"{name} in --output-dir": path for name, path in paths.items()}
-    figure_file, history_file = output_files(outputs, force=options.force).values()
+    files = output_files(outputs, force=options.force)
     load_tensorflow()
     results = {}
     with stop_request() as stop:
@@ -78,8 +79,14 @@ def reproduce(options: ReproduceOptions) -> int:
                 if stop.pressed:
                     raise KeyboardInterrupt
         stop.writing = True
-        figure_file.write_figure(tf_frobreg.plot_convergence(results))
-        _write_history(history_file, results)
+        figure, history = outputs
+        write_files(
+            files,
+            {
+                figure: lambda file: file.write_figure(tf_frobreg.plot_convergence(results)),
+                history: lambda file: _write_history(file, results),
+            },
+        )
     show(
         _paper_table(results),
         *(f"{title}: {_summary(result)}" for title, result in results.items()),
@@ -125,11 +132,14 @@ def _regularize_kernel(options: RegularizeOptions) -> int:
                 **options.geometry,
             )
         stop.writing = True
-        files["--output"].write(lambda file: np.save(file, result.kernel))
-        if "--plot" in files:
-            files["--plot"].write_figure(tf_frobreg.plot_convergence(result))
-        if "--history" in files:
-            _write_history(files["--history"], {options.file: result})
+        write_files(
+            files,
+            {
+                "--output": lambda file: file.write(lambda content: np.save(content, result.kernel)),
+                "--plot": lambda file: file.write_figure(tf_frobreg.plot_convergence(result)),
+                "--history": lambda file: _write_history(file, {options.file: result}),
+            },
+        )
     floor = tf_frobreg.penalty_floor(kernel.shape, input_size, alpha=alpha, **options.geometry)
     show(
         _summary(result),
@@ -159,11 +169,14 @@ def _regularize_model(options: RegularizeOptions) -> int:
                 **_descent_arguments(options),
             )
         stop.writing = True
-        files["--output"].write_path(model.save)
-        if "--plot" in files:
-            files["--plot"].write_figure(tf_frobreg.plot_convergence(descent.results))
-        if "--history" in files:
-            _write_history(files["--history"], descent.results)
+        write_files(
+            files,
+            {
+                "--output": lambda file: file.write_path(lambda path: save_model(model, path)),
+                "--plot": lambda file: file.write_figure(tf_frobreg.plot_convergence(descent.results)),
+                "--history": lambda file: _write_history(file, descent.results),
+            },
+        )
     show(_model_report(descent), *notes, written(files))
     return 0 if descent.converged and not stop.pressed else 1
 

@@ -1,16 +1,19 @@
 """Files that the commands read and write: read without unpickling, written whole or not at all."""
 
 import contextlib
+import io
 import os
+import platform
 import re
+import stat
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
+
+from tf_frobreg.cli.messages import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,25 +59,34 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
     with arrays:
         try:
             return {name: arrays[name] for name in arrays.files}
-        except _DAMAGED:
+        except Exception:
             raise _not_whole(path, ".npy or .npz file") from None
-
-
-# MemoryError: a damaged header can claim a huge shape
-_DAMAGED = (ValueError, EOFError, MemoryError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 def _load(path: str, what: str) -> Any:
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a pipe may wait for ever
+            raise OSError("it is no ordinary file")
+        with open(path, "rb"):
+            pass
+    except (OSError, ValueError) as error:
+        raise BadInput(f"FILE cannot be read ({reason_of(error)}). Received: {path}") from None
+    try:
         return np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise BadInput(f"FILE cannot be read ({error.strerror or error}). Received: {path}") from None
-    except _DAMAGED:
+    except Exception:  # NumPy and zipfile raise many types. A damaged header can claim a huge shape
         raise _not_whole(path, what) from None
 
 
 def _not_whole(path: str, what: str) -> BadInput:
     return BadInput(f"FILE must be a whole {what} of plain numbers; pickles are refused. Received: {path}")
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the cause of an error of the file system in a few words. HDF5 has it within a long text."""
+    found = re.search("error message = '([^']+)'", str(error))
+    reason = getattr(error, "strerror", None) or (found[1] if found else error)
+    return one_line(reason, 200) or type(error).__name__
 
 
 class OutputFile:
@@ -94,28 +106,23 @@ class OutputFile:
             if self.path.exists() and not self.path.is_file():
                 raise BadInput(f"{option} must be a file to write. Received: {path!r}, which is not a file")
             self._refuse_existing()
+            self._remove_leftovers()
             self._make_temporary().unlink()
-        except (OSError, RuntimeError) as error:  # resolve() raises RuntimeError for links in a circle
-            reason = getattr(error, "strerror", None) or error
-            raise BadInput(f"{option} cannot be written ({reason}). Received: {path}") from None
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null character
+            raise BadInput(f"{option} cannot be written ({reason_of(error)}). Received: {path!r}") from None
 
     def write(self, writer: Callable[[BinaryIO], Any]) -> None:
-        """Calls `writer` with an open binary file, then puts the file in its place."""
-
-        def write_open(path: Path) -> None:
-            with path.open("wb") as file:
-                writer(file)
-
-        self.write_path(write_open)
+        """Calls `writer` with a binary file in memory, then puts the file in its place."""
+        content = io.BytesIO()  # NumPy loses the last error of a file that it writes itself
+        writer(content)
+        self.write_path(lambda path: path.write_bytes(content.getbuffer()))
 
     def write_text(self, writer: Callable[[TextIO], Any]) -> None:
-        """Calls `writer` with an open UTF-8 text file, then puts the file in its place."""
-
-        def write_open(path: Path) -> None:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                writer(file)
-
-        self.write_path(write_open)
+        """Calls `writer` with a text file in memory, then puts the file in its place, in UTF-8."""
+        content = io.StringIO(newline="")
+        writer(content)
+        text = content.getvalue().encode("utf-8", "backslashreplace")  # names of files may hold any bytes
+        self.write_path(lambda path: path.write_bytes(text))
 
     def write_figure(self, figure: "Figure") -> None:
         """Writes a figure in the format that the name ends in, see `PICTURES`."""
@@ -127,26 +134,66 @@ class OutputFile:
         try:
             temporary = self._make_temporary()
             writer(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # temporary files are private, results are not
-            self._refuse_existing()
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise BadInput(f"{self._option} cannot be written ({error.strerror}): {self.path}") from None
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # some errors of a file system come only now
+            temporary.chmod(self._mode())
+            self._put_in_place(temporary)
+        except (OSError, RuntimeError) as error:  # h5py raises RuntimeError too
+            raise BadInput(f"{self._option} cannot be written ({reason_of(error)}): {self.path}") from None
         finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
 
+    def _put_in_place(self, temporary: Path) -> None:
+        if not self._force:
+            # A link takes the place only if it is free, also if another process is about to take it.
+            with contextlib.suppress(OSError):  # the place is taken, or the file system has no links
+                os.link(temporary, self.path)
+                return
+            self._refuse_existing()
+        os.replace(temporary, self.path)
+
+    def _mode(self) -> int:
+        """Returns the permissions of the file that is overwritten, or those of a new file."""
+        with contextlib.suppress(FileNotFoundError):
+            return stat.S_IMODE(self.path.stat().st_mode)
+        umask = os.umask(0)
+        os.umask(umask)
+        return 0o666 & ~umask
+
     def _make_temporary(self) -> Path:
-        ending = self.path.suffix[:20]
-        handle, name = tempfile.mkstemp(ending, f".{self.path.name[:100]}.", self.path.parent)
+        """Makes an empty file in the same folder. Its name says which process it belongs to."""
+        prefix = f"{self._temporary_prefix()}{os.getpid()}."
+        handle, name = tempfile.mkstemp(self.path.suffix[:20], prefix, self.path.parent)
         os.close(handle)
         return Path(name)
+
+    def _temporary_prefix(self) -> str:
+        return f".{self.path.name[:30]}.{platform.node()[:30]}-"
+
+    def _remove_leftovers(self) -> None:
+        """Removes the temporary files of this path that killed processes of this machine have left."""
+        prefix = self._temporary_prefix()
+        with contextlib.suppress(PermissionError):  # a folder may be writable, but not readable
+            for other in self.path.parent.iterdir():
+                owner = other.name.removeprefix(prefix).partition(".")[0]
+                if other.name.startswith(prefix) and owner.isdigit() and not _is_running(int(owner)):
+                    other.unlink(missing_ok=True)
 
     def _refuse_existing(self) -> None:
         if self.path.exists() and not self._force:
             raise BadInput(f"{self._option} exists; --force overwrites it. Received: {self.path}")
+
+
+def _is_running(process: int) -> bool:
+    """Returns whether there is a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def size_of_images(input_size: Any, path: str) -> Any:
@@ -170,7 +217,7 @@ def output_files(
     """Returns an `OutputFile` for each option with a path. All of them, and the inputs, must differ."""
     given = {option: path for option, path in paths.items() if path is not None}
     files = {option: OutputFile(option, path, force=force) for option, path in given.items()}
-    every = [*(file.path for file in files.values()), *(Path(path).resolve() for path in inputs)]
+    every = [*(file.path for file in files.values()), *map(_without_links, inputs)]
     if len(set(every)) < len(every):
         raise BadInput(
             f"{', '.join(given)} must be different files, and none of them the input. "
@@ -179,6 +226,30 @@ def output_files(
     return files
 
 
-def written(files: dict[str, OutputFile]) -> str:
+def _without_links(path: str) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError):  # reading it will say what is wrong
+        return Path(path)
+
+
+def write_files(files: Mapping[str, OutputFile], writers: Mapping[str, Callable[[OutputFile], Any]]) -> None:
+    """Writes the files of the options that are given, in the order of `writers`.
+
+    Raises:
+        BadInput: If one cannot be written. The message names those that were written before.
+    """
+    done: list[str] = []
+    for option, write in writers.items():
+        if option in files:
+            try:
+                write(files[option])
+            except BadInput as error:
+                before = f". Written before: {', '.join(done)}" if done else ""
+                raise BadInput(f"{error}{before}") from None
+            done.append(str(files[option].path))
+
+
+def written(files: Mapping[str, OutputFile]) -> str:
     """Returns the line that names the files."""
     return f"Wrote {', '.join(str(file.path) for file in files.values())}"

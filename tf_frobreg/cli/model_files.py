@@ -1,5 +1,6 @@
 """Model files that the commands read. Code in them that Keras finds unsafe is not run."""
 
+import json
 import os
 import re
 import warnings
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tf_frobreg.cli.files import BadInput
+from tf_frobreg.cli.hdf5 import check_hdf5, read_all
+from tf_frobreg.cli.messages import one_line
 
 MODELS = (".keras", ".h5")
+SMALLEST_MODEL = 1 << 16  # bytes
 IN_PYTHON = "model_spectrum and regularize_model accept such a model"
 
 
@@ -30,12 +34,13 @@ def load_model(path: str, argument: str, *, compile: bool = False) -> Any:
     try:
         if not os.path.isfile(path):
             raise FileNotFoundError("it is a directory" if os.path.isdir(path) else "no such file")
+        text = _read_configuration(path)
+        config = json.loads(text)
+        if not isinstance(config, dict):
+            raise ValueError("it holds no model")
+        _refuse_code(config)
         if path.endswith(".json"):
-            return keras.models.model_from_json(Path(path).read_text(encoding="utf-8"))
-        if path.endswith(".keras") and not zipfile.is_zipfile(path):
-            raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
-        if path.endswith(".h5"):
-            _refuse_lambda(path)
+            return keras.models.model_from_json(text)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # for example about an optimizer that has not made a step yet
             return keras.saving.load_model(path, compile=compile, safe_mode=True)
@@ -52,6 +57,7 @@ def load_model_and_weights(model_path: str, weights_path: str) -> Any:
     """Returns the Keras model in one file (--model) with the weights in another (FILE)."""
     model = load_model(model_path, "--model")
     try:
+        check_hdf5(weights_path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says the same
             model.load_weights(weights_path)
@@ -60,19 +66,77 @@ def load_model_and_weights(model_path: str, weights_path: str) -> Any:
     return model
 
 
-def _refuse_lambda(path: str) -> None:
-    """Raises ValueError if an `.h5` file holds code. Keras before 3.11.3 ran it even in its safe mode."""
+def save_model(model: Any, path: Path) -> None:
+    """Saves a model in an existing file. Reads it once: HDF5 and zip may lose the last error of a disk.
+
+    Raises:
+        OSError: If the disk has no room for the model, or the file is not whole.
+    """
+    import keras
+
+    optimizer = getattr(model, "optimizer", None)  # a model that was never compiled has no such attribute
+    variables = [*model.variables, *(optimizer.variables if optimizer else [])]
+    size = sum(keras.ops.convert_to_numpy(variable).nbytes for variable in variables)
+    with path.open("rb+") as file:  # h5py ends the process if the disk is full
+        os.posix_fallocate(file.fileno(), 0, size + SMALLEST_MODEL)
+    model.save(path)
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise OSError("the file is not whole")
+        return
+    import h5py
+
+    with h5py.File(path) as file:
+        read_all(file)
+
+
+def _read_configuration(path: str) -> str:
+    """Returns the JSON text in a file that says which layers a model has. Checks the rest of the file."""
+    if path.endswith(".json"):
+        return Path(path).read_text(encoding="utf-8")
+    if path.endswith(".keras"):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
+        check_hdf5(path)
+        with zipfile.ZipFile(path) as archive:
+            return archive.read("config.json").decode("utf-8")
+    check_hdf5(path)
     import h5py
 
     with h5py.File(path) as file:
         config = file.attrs.get("model_config")
     if config is None:
         raise ValueError("it holds only weights: rename it to .weights.h5 and use --model")
-    if '"Lambda"' in (config.decode() if isinstance(config, bytes) else config):
-        raise ValueError("it has a Lambda layer, and its code would be run")
+    return config.decode("utf-8") if isinstance(config, bytes) else config
+
+
+def _refuse_code(config: Any) -> None:
+    """Refuses a parsed configuration that names code which is not of Keras or of this package.
+
+    Keras before 3.11.3 ran some of it even in its safe mode. Only what is listed here is allowed.
+
+    Raises:
+        ValueError: If it names such code.
+    """
+    if not isinstance(config, (dict, list)):
+        return
+    if isinstance(config, dict):
+        kind, module = config.get("class_name"), config.get("module")
+        if kind == "Lambda":
+            raise ValueError("it has a Lambda layer, and its code would be run")
+        if kind == "__lambda__":
+            raise ValueError("deserialization of a Python lambda would run its code")
+        is_function = kind == "function"
+        is_by_name = is_function and module == "builtins"  # Keras looks for it among registered functions
+        is_ours = module is None or str(module).partition(".")[0] in ("keras", "tf_frobreg")
+        if kind is not None and not is_by_name and not is_ours:
+            name = config.get("config") if is_function else kind
+            raise ValueError(f"Could not locate {'function' if is_function else 'class'} '{name}'")
+    for part in config.values() if isinstance(config, dict) else config:
+        _refuse_code(part)
 
 
 def short(error: Exception) -> str:
     """Returns the cause at the end of Keras' nested messages, on one line."""
-    text = " ".join(str(error).split()).rpartition("Exception encountered: ")[2] or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]} …"
+    return one_line(str(error).rpartition("Exception encountered: ")[2], 300) or type(error).__name__

@@ -20,6 +20,7 @@ from tf_frobreg.cli.files import (
     read_arrays,
     refusals_as_bad_input,
     size_of_images,
+    write_files,
     written,
 )
 from tf_frobreg.cli.model_files import MODELS, load_model, load_model_and_weights, refuse_geometry
@@ -75,24 +76,27 @@ def spectrum(options: SpectrumOptions) -> int:
     rows = [*rows, *contents.untreated]
     if "--plot" in files and not spectra:
         raise BadInput(f"--plot has nothing to draw: no kernel was measured. Received: {options.file}")
-    if "--json" in files:
-        text = _json(options.file, rows, contents.others)
-        files["--json"].write_text(lambda file: file.write(f"{text}\n"))
-    if "--csv" in files:
-        files["--csv"].write_text(lambda file: _write_csv(file, rows))
-    if "--plot" in files:
-        alphas = {kernel.name: kernel.alpha for kernel in contents.kernels}
-        figure = tf_frobreg.plot_spectrum(spectra, kind=options.plot_kind, alpha=alphas)
-        files["--plot"].write_figure(figure)
+    text = _json(options.file, rows, contents.others)
+    alphas = {kernel.name: kernel.alpha for kernel in contents.kernels}
+    write_files(
+        files,
+        {
+            "--json": lambda file: file.write_text(lambda content: content.write(f"{text}\n")),
+            "--csv": lambda file: file.write_text(lambda content: _write_csv(content, rows)),
+            "--plot": lambda file: file.write_figure(
+                tf_frobreg.plot_spectrum(spectra, kind=options.plot_kind, alpha=alphas)
+            ),
+        },
+    )
     missed = [line for row in rows for line in _missed(row)]
     others = ", ".join(f"{count} {name}" for name, count in sorted(contents.others.items()))
-    show(
+    is_shown = show(
         _report(rows, missed),
         *([f"Without a kernel: {others}"] if others else []),
         *([written(files)] if files else []),
     )
     is_measured = any(row.reason is None for row in rows) and not contents.lacks_size
-    return 0 if is_measured and not missed else 1
+    return 0 if is_measured and not missed and (is_shown or files) else 1
 
 
 def _check(options: SpectrumOptions) -> None:

@@ -14,22 +14,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tf_frobreg.cli.files import BadInput
+from tf_frobreg.cli.messages import one_line
+from tf_frobreg.cli.streams import discard
 from tf_frobreg.tables import terminal_width
 
 WIDTH = 200  # of a file or a pipe
 
 
-def show(*lines: str | Table) -> None:
-    """Prints lines and tables. The files are already written, so a closed or full output is no error."""
+def show(*lines: str | Table) -> bool:
+    """Prints lines and tables. The files are already written, so a closed or full output is no error.
+
+    Returns:
+        Whether standard output took them, or its reader has closed it.
+    """
     console = Console(markup=False, highlight=False, width=terminal_width() or WIDTH)
     try:
         for line in lines:
             console.print(line, soft_wrap=isinstance(line, str))
         sys.stdout.flush()
     except (OSError, SystemExit) as error:  # rich raises SystemExit for a broken pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         reason = getattr(error, "strerror", None) or "closed"
-        print(f"The files are written, but standard output failed: {reason}", file=sys.stderr)
+        print(f"Standard output failed ({reason}). The files are written", file=sys.stderr)
+        return isinstance(error, (BrokenPipeError, SystemExit))
+    return True
 
 
 def show_remark(name: str, remark: str | None) -> None:
@@ -86,11 +95,19 @@ def stop_request() -> Iterator[StopRequest]:
         signal.signal(signal.SIGINT, previous)
 
 
+def _scratch_file() -> Any:
+    """Returns an open binary file that nobody keeps. It loses what is written if there is no room for one."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "r+b")
+
+
 def load_tensorflow() -> None:
     """Imports TensorFlow and the public names. Shows the messages of TensorFlow only if that fails."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as log, contextlib.ExitStack() as stack:
+    with _scratch_file() as log, contextlib.ExitStack() as stack:
         stderr = os.dup(2)
         stack.callback(os.close, stderr)
         stack.callback(os.dup2, stderr, 2)
@@ -100,6 +117,8 @@ def load_tensorflow() -> None:
 
             importlib.import_module("tf_frobreg.api")
             tf.zeros(())  # looks for devices, and reports what it did not find
+        except (ImportError, ValueError, OSError) as error:  # a wrong KERAS_BACKEND, no room for files
+            raise BadInput(f"Keras or TensorFlow cannot be imported ({one_line(error)})") from None
         except Exception:
             log.seek(0)
             os.write(stderr, log.read())

@@ -1,0 +1,38 @@
+"""Messages stay on one line, whatever a file or an argument is called."""
+
+import pytest
+
+from tf_frobreg.cli.messages import LONGEST, one_line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("σ = 1", "σ = 1"),
+        ("two\n lines\t", "two lines"),
+        ("\x1b[1mbold\x1b[0m", "bold"),
+        ("\x1b]0;title\x07\0", r"\x1b]0;title\x07\x00"),
+        ("\udcff.npy", r"\udcff.npy"),
+        (ValueError("a\nb"), "a b"),
+    ],
+)
+def test_one_line(text, line):
+    assert one_line(text) == line
+
+
+def test_a_long_text_lacks_its_middle():
+    assert one_line("x" * LONGEST) == "x" * LONGEST
+    line = one_line(f"start {'x' * 100_000} end")
+    assert len(line) == LONGEST + 3
+    assert line.startswith("start ")
+    assert line.endswith("x end")
+
+
+def test_long_and_odd_names_of_files_are_shortened(run):
+    status, printed = run("spectrum", f"{'x' * 5000}\x1b[31m\n.npy", "--input-size", 4)
+    assert status == 2
+    assert printed.err.count("\n") == 1
+    assert len(printed.err) < 1100
+    status, printed = run("spectrum", "a.npy", "--padding", "y" * 5000)
+    assert status == 2
+    assert len(printed.err) < 1200
