@@ -91,6 +91,17 @@ def test_columns_on_the_left_are_folded_in_a_narrow_terminal():
     ]
 
 
+def test_no_number_is_broken_however_narrow_the_terminal_is():
+    assert text_table(ROWS, left=["layer"], width=5).splitlines() == [
+        "layer   kernel    σmax   R",
+        "──────────────────────────",
+        "conv   3×3×2×4     1.5  12",
+        "block      5×3  ≥ 0.25   ∞",
+        "/dens",
+        "e",
+    ]
+
+
 def test_wide_characters_stay_aligned():
     rows = [{"layer": "層", "σ": "1"}, {"layer": "conv", "σ": "2"}]
     assert text_table(rows, left=["layer"]).splitlines()[2:] == ["層     1", "conv   2"]

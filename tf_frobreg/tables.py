@@ -30,8 +30,8 @@ def text_table(
         rows: Cells by column.
         left: Columns that are aligned to the left. The others are aligned to the right.
         title: A line above the table, with an empty line between them. It is never folded.
-        width: Columns of the terminal. The columns in `left` are folded if the table is wider. None never
-            folds.
+        width: Columns of the terminal. The columns in `left` are folded if the table is wider, but no number
+            is. None never folds.
 
     Returns:
         Lines without trailing spaces, and without a newline at the end.
@@ -49,7 +49,7 @@ def text_table(
         output = io.StringIO()
         console = Console(
             file=output,
-            width=WIDER_THAN_ANY_TABLE if width is None else width,
+            width=WIDER_THAN_ANY_TABLE if width is None else max(width, _narrowest(rows, left)),
             color_system=None,
             force_terminal=False,
             force_jupyter=False,
@@ -122,6 +122,11 @@ def text_report(
 def terminal_width() -> int | None:
     """Returns the columns of standard output, or None if it is a file, a pipe or a notebook."""
     return Console().width if sys.stdout.isatty() else None
+
+
+def _narrowest(rows: Sequence[Row], left: Collection[str]) -> int:
+    """Returns the columns of a terminal in which no number is broken, and no head of a column."""
+    return _width([{name: name if name in left else row[name] for name in row} for row in rows])
 
 
 def _width(rows: Sequence[Row]) -> int:
