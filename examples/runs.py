@@ -4,11 +4,14 @@ Each run is one row of the file. A run that has a row already is not repeated.
 """
 
 import argparse
+import contextlib
 import csv
+import fcntl
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,34 @@ def run_all(
     A row holds the job and the dict that the function returned, as text. The file is complete after every
     run, so a study that was stopped continues with the next run.
     """
+    with _alone(path):
+        return _run_missing(function, jobs, path, options, runs_per_process)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """A context that one process at a time can be in for a file. Two would lose each other's runs.
+
+    Raises:
+        SystemExit: If another process is in it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it however the process ends
+        except BlockingIOError:
+            raise SystemExit(
+                f"Another process is writing {path}. Wait for it, or choose another directory."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _run_missing(
+    function: Callable, jobs: list[dict], path: Path, options: argparse.Namespace, runs_per_process: int
+) -> list[dict[str, str]]:
     rows = _read(path, jobs[0] if jobs else {})
     todo = [job for job in jobs if _row_of(job, rows) is None]
     if not todo:
@@ -119,11 +150,18 @@ def _call(task):
 
 def _on_one_core():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must reach only the process that holds the results
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
+
+
+def _end_with_parent():
+    """Ends this process if the one that holds the results was killed. It would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _texts(values):

@@ -1,7 +1,9 @@
 """The examples, run as a reader would run them."""
 
 import csv
+import fcntl
 import gzip
+import os
 import shutil
 import signal
 import struct
@@ -176,6 +178,58 @@ def test_stopped_study_keeps_its_runs(tmp_path):
     assert "Traceback" not in stderr
 
 
+STUDY = """
+import time
+
+from runs import run_all, study_files, study_parser
+
+
+def square(data_dir, number):
+    time.sleep(0.3)
+    return {"square": number**2}
+
+
+if __name__ == "__main__":
+    options = study_parser("").parse_args()
+    path, _ = study_files(options, "study")
+    for row in run_all(square, [{"number": number} for number in range(20)], path, options):
+        print(row)
+"""
+
+
+@with_data
+def test_a_killed_study_goes_on_as_if_it_had_not_been(tmp_path):
+    script = tmp_path / "study.py"
+    script.write_text(STUDY)
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT / "examples")}, "text": True}
+
+    def command(folder):
+        return [sys.executable, script, "--data-dir", FASHION_MNIST, "--output-dir", tmp_path / folder]
+
+    printed = subprocess.run(command("whole"), capture_output=True, **options).stdout
+    assert printed.count("\n") == 20
+    file = tmp_path / "killed" / "study.csv"
+    study = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL, start_new_session=True, **options)
+    while not file.exists() and study.poll() is None:
+        time.sleep(0.05)
+    study.kill()
+    study.wait()
+    kept = len(file.read_text().splitlines()) - 1
+    assert 0 < kept < 20
+    for _ in range(100):  # the processes of the runs end by themselves
+        try:
+            os.killpg(study.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("processes of a killed study are still running")
+    assert subprocess.run(command("killed"), capture_output=True, **options).stdout == printed
+    rows = [sorted((tmp_path / name / file.name).read_text().splitlines()) for name in ("whole", "killed")]
+    assert rows[0] == rows[1]
+    assert list((tmp_path / "killed").iterdir()) == [file]
+
+
 def test_study_of_fewer_seeds_replaces_no_figure(tmp_path):
     shutil.copy(RESULTS / "study_factor.csv", tmp_path)
     run("study_factor.py", "--seeds", 4, "--data-dir", tmp_path, "--output-dir", tmp_path)
@@ -199,6 +253,10 @@ def test_study_says_what_is_wrong(tmp_path):
         assert message in error()
         assert file.read_bytes() == content
     assert "--output-dir must be a directory, or a path where one can be created" in error(output=file)
+    file.unlink()
+    with (tmp_path / f".{file.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert f"Another process is writing {file}" in error("--data-dir", FASHION_MNIST)
 
 
 @pytest.mark.parametrize(
