@@ -10,6 +10,8 @@ os.environ.setdefault("JAX_ENABLE_X64", "1")  # for the tests in float64, if Ker
 
 from hypothesis import settings
 
+collect_ignore = ["mutants.py"]  # it needs Cosmic Ray, which no test does
+
 # Time limits would fail on a busy machine. The same examples every time make a failure reproducible.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
