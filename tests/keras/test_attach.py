@@ -201,7 +201,12 @@ def own_penalty(kernel):
 @pytest.mark.parametrize("function", [own_penalty, lambda kernel: own_penalty(kernel)], ids=["def", "lambda"])
 def test_functions_as_regularizers_stay(function):
     conv = LAYERS.Conv2D(2, 3, kernel_regularizer=function, name="conv")
-    model = keras.Sequential([keras.Input((6, 6, 1)), conv])
+    try:
+        model = keras.Sequential([keras.Input((6, 6, 1)), conv])
+    except ValueError as error:
+        if "Expected an instance of `keras.regularizers.Regularizer`" not in str(error):
+            raise
+        pytest.skip("this Keras takes no functions")
     report = attach_regularizers(model, factor=0.0)
     assert report.remarks["conv"].startswith(f"added to {function.__name__}")
     assert float(model.losses[0]) == pytest.approx(float(function(conv.kernel)))
@@ -392,7 +397,6 @@ def lora_convolution():
     return layer
 
 
-@pytest.mark.skipif(not hasattr(LAYERS.Conv2D, "enable_lora"), reason="Keras 3.0 has it for Dense only")
 def test_detaching_after_lora_leaves_nothing_behind():
     model = small_model()
     report = attach_regularizers(model, factor=1.0, exclude="first")

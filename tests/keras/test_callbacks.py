@@ -71,7 +71,6 @@ def test_batches_are_counted_where_several_are_executed_together():
     assert monitor.history["epoch"].tolist() == [0, 1, 1.5, 2.5, 3]
 
 
-@pytest.mark.skipif(keras.__version__.startswith("3.0."), reason="Keras 3.0 wants full executions")
 def test_batches_are_counted_where_the_last_execution_is_not_full():
     monitor = SingularValueMonitor(3, unit="batch", include="conv")
     fit_epochs(penalised_model(steps_per_execution=3), monitor, epochs=2)  # of 3 and 1 batches
@@ -514,9 +513,6 @@ print("found", *one, *two)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    keras.__version__.startswith("3.0."), reason="Keras 3.0 itself has other losses on two devices: 1e-4 off"
-)
 def test_two_devices_have_the_losses_of_one():
     done = subprocess.run([sys.executable, "-c", MIRRORED], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -139,7 +139,6 @@ def test_a_layer_with_a_call_of_its_own_is_not_taken_for_its_base():
     assert row.reason == "its class, Standardised, overrides call"
 
 
-@pytest.mark.skipif(not hasattr(keras.layers.Dense, "quantize"), reason="this Keras cannot quantize")
 def test_quantized_layers_are_named():
     dense = keras.layers.Dense(4, name="dense")
     model = keras.Sequential([keras.Input((6,)), dense])
