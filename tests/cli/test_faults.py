@@ -5,6 +5,7 @@ Each output is absent, as it was before, or whole.
 
 import csv
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -136,16 +137,16 @@ def test_a_disk_without_room(ending, inputs, tmp_path):
 
 
 def test_too_little_memory(inputs):
-    """All σ need the blocks of all frequencies at once."""
-    command = ["ulimit -v 12000000;", *COMMAND, "spectrum", inputs / "kernel.npy", "--input-size 20000 --csv"]
+    """The limit of the process counts, and the layer is refused before anything is allocated."""
+    limit = 12_000_000  # KiB
+    command = [f"ulimit -v {limit};", *COMMAND, "spectrum", inputs / "kernel.npy", "--input-size 40000"]
     done = subprocess.run(
-        ["bash", "-c", " ".join(map(str, [*command, "/dev/null"]))],
-        capture_output=True,
-        text=True,
-        timeout=300,
+        ["bash", "-c", " ".join(map(str, command))], capture_output=True, text=True, timeout=300
     )
+    assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.returncode in {0, 1, 2}
+    free = re.search(r"Not measured: .* this needs [\d,]+ bytes, but ([\d,]+) are free", done.stdout)
+    assert 0 < int(free[1].replace(",", "")) < 1024 * limit
 
 
 @pytest.mark.parametrize("force", [False, True])
