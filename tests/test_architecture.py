@@ -12,6 +12,7 @@ import tf_frobreg.api
 PACKAGE = Path(tf_frobreg.__file__).parent
 # Each part may import those before it, and itself.
 ORDER = (
+    "text",
     "backends",
     "checks",
     "tables",

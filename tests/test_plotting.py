@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from ids import stable_id
 
 from tf_frobreg import (
     DescentResult,
@@ -114,7 +115,7 @@ def test_several_descents_have_a_panel_each(result):
     assert len(figure.axes) == 6
 
 
-@pytest.mark.parametrize("results", [{}, None, 3.0, []], ids=str)
+@pytest.mark.parametrize("results", [{}, None, 3.0, [], {"a": 1}, {"a": []}], ids=str)
 def test_convergence_without_a_result_is_refused(results):
     with pytest.raises(ValueError, match="results must be a DescentResult or a non-empty dict.*Received: "):
         plot_convergence(results)
@@ -302,8 +303,8 @@ def test_no_spectrum_is_refused(spectra):
 
 @pytest.mark.parametrize(
     "sigma",
-    [np.zeros(0), [1.0, np.nan], [np.inf], [-0.1, 1.0], [1j], "abc", [[1.0], [1.0, 2.0]], None, object()],
-    ids=["empty", "nan", "infinite", "negative", "complex", "text", "ragged", "none", "object"],
+    [np.zeros(0), [np.nan], [np.inf], [-0.1, 1.0], [1j], "abc", [[1.0], [1.0, 2.0]], None, object(), 10**400],
+    ids=["empty", "nan", "infinite", "negative", "complex", "text", "ragged", "none", "object", "large"],
 )
 def test_what_is_no_spectrum_is_refused(sigma):
     for spectra in (sigma, {"layer": sigma}):
@@ -570,8 +571,11 @@ def without(column):
         without("first/sigma_min"),
         HISTORY | {"first/sigma_min": [0.1]},
         {name: [] for name in HISTORY},
+        {1: [1.0]},
+        HISTORY | {"first/sigma_max": [["a"]] * len(HISTORY["epoch"])},
+        HISTORY | {"first/sigma_max": [[1.0]] * len(HISTORY["epoch"])},
     ],
-    ids=["empty", "none", "number", "no layer", "of Keras", "no epoch", "no σmin", "short", "no measurement"],
+    ids=stable_id,
 )
 def test_a_training_without_measurements_is_refused(history):
     with pytest.raises(
@@ -583,8 +587,8 @@ def test_a_training_without_measurements_is_refused(history):
 
 @pytest.mark.parametrize(
     "history",
-    [{}, None, without("epoch"), {"epoch": [0.0], "first/sigma_max": [1.0], "first/sigma_min": [0.5]}],
-    ids=["empty", "none", "no epoch", "no gradients"],
+    [{}, None, without("epoch"), {"epoch": [0.0], "first/sigma_max": [1.0]}, {1: [1.0]}],
+    ids=["empty", "none", "no epoch", "no gradients", "no names"],
 )
 def test_gradient_norms_without_measurements_are_refused(history):
     with pytest.raises(

@@ -7,11 +7,15 @@ import operator
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
+from tf_frobreg.text import one_line
+
+# What tensors raise that have no values, or not the wanted ones.
+UNUSABLE = (TypeError, ValueError, AttributeError, NotImplementedError)
 LARGEST_INTEGER = 2**31 - 1
 # A line lists up to MOST_NAMES names. If there are more, it lists FEWER_NAMES and counts the others.
 MOST_NAMES, FEWER_NAMES = 10, 8
@@ -36,9 +40,9 @@ def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool
     except OverflowError:  # an int that is too large for a float
         number = math.inf
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number {wanted}. Received: {_received(name, value)}") from None
+        raise TypeError(f"{name} must be a number {wanted}. Received: {received(name, value)}") from None
     if not math.isfinite(number) or number < minimum or (exclusive and number == minimum):
-        raise ValueError(f"{name} must be a finite number {wanted}. Received: {_received(name, value)}")
+        raise ValueError(f"{name} must be a finite number {wanted}. Received: {received(name, value)}")
     return number
 
 
@@ -48,12 +52,12 @@ def check_integer(name: str, value: Any, *, minimum: int = 1) -> int:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
         number = operator.index(value)
-    except (TypeError, ValueError, AttributeError, NotImplementedError):  # tensors raise many
-        raise TypeError(f"{name} must be an integer. Received: {_received(name, value)}") from None
+    except UNUSABLE:
+        raise TypeError(f"{name} must be an integer. Received: {received(name, value)}") from None
     if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}. Received: {_received(name, value)}")
+        raise ValueError(f"{name} must be at least {minimum}. Received: {received(name, value)}")
     if number > LARGEST_INTEGER:
-        raise ValueError(f"{name} must be at most {LARGEST_INTEGER}. Received: {_received(name, value)}")
+        raise ValueError(f"{name} must be at most {LARGEST_INTEGER}. Received: {received(name, value)}")
     return number
 
 
@@ -65,10 +69,19 @@ def check_accuracy(accuracy: Any) -> float:
     return number
 
 
+def entries_of(value: Any) -> tuple[Any, ...] | None:
+    """Returns the entries of a list, tuple, array, tensor or TensorShape. None if it is none of them."""
+    try:
+        is_sequence = not isinstance(value, (str, bytes, Mapping, Set)) and len(value) >= 0
+        return tuple(value) if is_sequence else None
+    except UNUSABLE:  # the length of an array without axes raises TypeError
+        return None
+
+
 def check_flag(name: str, value: Any) -> bool:
     """Returns `value` as a plain bool, or raises an error that names the argument."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False. Received: {_received(name, value)}")
+        raise TypeError(f"{name} must be True or False. Received: {received(name, value)}")
     return bool(value)
 
 
@@ -76,7 +89,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """Returns `value` if it is one of the choices, or raises an error that names the argument."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(
-            f"{name} must be one of {tuple(choices)}. Received: {_received(name, value)}"
+            f"{name} must be one of {tuple(choices)}. Received: {received(name, value)}"
             f"{did_you_mean(value, choices)}"
         )
     return value
@@ -119,9 +132,9 @@ def _holds_numbers(value: Any) -> bool:
     return dtype is None or name.startswith(("float", "bfloat", "int", "uint"))
 
 
-def _received(name: str, value: Any) -> str:
+def received(name: str, value: Any) -> str:
     """Returns "name=value" on one line, with long values shortened."""
-    return f"{name}={' '.join(reprlib.repr(value).split())}"
+    return one_line(f"{name}={reprlib.repr(value)}")
 
 
 def free_memory() -> int:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tf_frobreg.checks import enumeration
+from tf_frobreg.text import printable
 
 UNKNOWN = "-"  # a cell without a value
 WIDER_THAN_ANY_TABLE = 100_000
@@ -45,7 +46,7 @@ def text_table(
                 Text(name), justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text
             )
         for row in rows:
-            table.add_row(*(Text(row[name]) for name in rows[0]))
+            table.add_row(*(Text(printable(row[name])) for name in rows[0]))
         output = io.StringIO()
         console = Console(
             file=output,

@@ -348,3 +348,13 @@ def test_messages_of_the_library_name_the_options_of_the_command(message, shown)
     assert as_options(message) == shown
     with pytest.raises(BadInput, match=re.escape(shown)), refusals_as_bad_input():
         raise ValueError(message)
+
+
+def test_long_and_odd_names_of_files_are_shortened(run):
+    status, printed = run("spectrum", f"{'x' * 5000}\x1b[31m\n.npy", "--input-size", 4)
+    assert status == 2
+    assert printed.err.count("\n") == 1
+    assert len(printed.err) < 1100
+    status, printed = run("spectrum", "a.npy", "--padding", "y" * 5000)
+    assert status == 2
+    assert len(printed.err) < 1200

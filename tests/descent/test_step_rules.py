@@ -13,6 +13,7 @@ from tf_frobreg import (
     StopReason,
     frobenius_gradient,
     frobenius_penalty,
+    paper_schedule,
     penalty_excess,
     regularize_kernel,
     singular_values,
@@ -413,3 +414,9 @@ def test_a_keras_optimizer_may_make_the_steps(name, dtype):
 def test_bad_arguments_are_refused_by_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         regularize_kernel(np.ones((3, 3, 1, 1)), 8, **arguments)
+
+
+@pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (None, TypeError), ("x", TypeError)])
+def test_a_step_that_is_no_number_is_refused(step, error):
+    with pytest.raises(error, match=f"step must be .*Received: step={step!r}"):
+        paper_schedule(step)

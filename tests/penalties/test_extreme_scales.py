@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from oracles import dense_penalty, naive_matrix
 
-from tf_frobreg import frobenius_gradient, frobenius_penalty, penalty_excess
+from tf_frobreg import (
+    frobenius_gradient,
+    frobenius_penalty,
+    penalty_excess,
+    reshaped_penalty,
+    spectral_penalty,
+)
 
 SHAPES = [(3, 3, 2, 2), (1, 1, 3, 2), (3, 3, 1, 4)]
 POWERS = {"float32": [-60, -40, -17, 17, 31, 33, 60], "float64": [-500, -300, -100, 100, 255, 257, 400, 500]}
@@ -59,3 +65,32 @@ def test_an_alpha_beyond_the_dtype_is_refused():
         ):
             function(own, 4, alpha=1e39)
     assert float(frobenius_penalty(own.astype(float), 4, alpha=1e39)) == pytest.approx(32 * 1e78)
+
+
+@pytest.mark.parametrize(("dtype", "power"), CASES)
+def test_the_reshaped_penalty_scales_exactly(dtype, power):
+    own = kernel((3, 3, 2, 2), dtype)
+    unit = np.array(2.0**power, dtype)
+    with np.errstate(over="ignore", under="ignore"):
+        expected = np.asarray(reshaped_penalty(own, alpha=0.75))
+        for _ in range(4):
+            expected = expected * unit
+        found = np.asarray(reshaped_penalty(own * unit, alpha=0.75 * 4.0**power))
+    assert not np.isnan(found)
+    if np.finfo(dtype).tiny <= expected:
+        assert found == expected
+
+
+@pytest.mark.parametrize("alpha", [1e10, 1e20, 1e30, 1e38])
+def test_the_two_norm_of_a_large_alpha(alpha):
+    own = kernel((3, 3, 2, 2), "float32")
+    assert float(spectral_penalty(own, 4, alpha=alpha)) == pytest.approx(alpha, rel=1e-5)
+
+
+def test_an_alpha_beyond_the_dtype_is_refused_by_other_penalties():
+    own = kernel((3, 3, 2, 2), "float32")
+    for call in (lambda: reshaped_penalty(own, alpha=1e39), lambda: spectral_penalty(own, 4, alpha=1e39)):
+        with pytest.raises(
+            ValueError, match="alpha must be at most 3.4e.38 for a kernel of float32. Received"
+        ):
+            call()

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tf_frobreg.cli.arguments import Options, ReproduceOptions, SpectrumOptions, parse_arguments
-from tf_frobreg.cli.messages import one_line
 from tf_frobreg.cli.streams import forgiving_streams, open_closed_streams
+from tf_frobreg.text import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tf_frobreg import __version__
-from tf_frobreg.cli.messages import one_line
+from tf_frobreg.text import one_line
 
 if TYPE_CHECKING:
     from tf_frobreg.convolution.geometry import Geometry

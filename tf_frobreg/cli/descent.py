@@ -36,6 +36,7 @@ from tf_frobreg.cli.terminal import (
     stop_request,
 )
 from tf_frobreg.tables import percent, text_report
+from tf_frobreg.text import printable
 
 if TYPE_CHECKING:
     from tf_frobreg import DescentResult, ModelDescent
@@ -221,7 +222,7 @@ def _follower(
         if name not in tasks:
             for finished in tasks.values():
                 progress.stop_task(finished)
-            tasks[name] = progress.add_task(name, total=max_steps, note=note)
+            tasks[name] = progress.add_task(printable(name), total=max_steps, note=note)
             progress.start()  # the library has accepted the arguments
         progress.update(tasks[name], completed=step, note=note)
         return stop.pressed

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
 
-from tf_frobreg.cli.messages import one_line
+from tf_frobreg.checks import check_memory
+from tf_frobreg.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,6 +58,11 @@ def read_arrays(path: str) -> dict[str, np.ndarray]:
     if isinstance(arrays, np.ndarray):
         return {Path(path).stem: arrays}
     with arrays:
+        size = sum(entry.file_size for entry in arrays.zip.infolist())
+        if len(set(arrays.files)) < len(arrays.files):
+            raise _not_whole(path, ".npz file with a name for each array")
+        with refusals_as_bad_input():
+            check_memory(size, f"{path} unpacked", "a smaller file")
         try:
             return {name: arrays[name] for name in arrays.files}
         except Exception:

@@ -11,9 +11,10 @@ from typing import Any
 
 from tf_frobreg.cli.files import BadInput
 from tf_frobreg.cli.hdf5 import check_hdf5, read_all
-from tf_frobreg.cli.messages import one_line
+from tf_frobreg.text import one_line
 
 MODELS = (".keras", ".h5")
+LARGEST_CONFIGURATION = 1 << 26  # bytes
 SMALLEST_MODEL = 1 << 16  # bytes
 IN_PYTHON = "model_spectrum and regularize_model accept such a model"
 
@@ -100,6 +101,8 @@ def _read_configuration(path: str) -> str:
             raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
         check_hdf5(path)
         with zipfile.ZipFile(path) as archive:
+            if archive.getinfo("config.json").file_size > LARGEST_CONFIGURATION:
+                raise ValueError("its config.json is too large")
             return archive.read("config.json").decode("utf-8")
     check_hdf5(path)
     import h5py

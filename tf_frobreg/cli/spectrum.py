@@ -26,6 +26,7 @@ from tf_frobreg.cli.files import (
 from tf_frobreg.cli.model_files import MODELS, load_model, load_model_and_weights, refuse_geometry
 from tf_frobreg.cli.terminal import load_tensorflow, progress_display, show, show_remark
 from tf_frobreg.tables import text_report
+from tf_frobreg.text import printable
 
 if TYPE_CHECKING:
     from tf_frobreg import Convolution, KernelSpectrum
@@ -181,7 +182,7 @@ def _measure(
             task = progress.add_task("kernels", total=len(kernels), note="")
             progress.start()
         for kernel in kernels:
-            progress.update(task, note=kernel.name)
+            progress.update(task, note=printable(kernel.name))
             row = report_kernel(
                 kernel.name,
                 kernel.value,

@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tf_frobreg.cli.files import BadInput
-from tf_frobreg.cli.messages import one_line
 from tf_frobreg.cli.streams import discard
 from tf_frobreg.tables import terminal_width
+from tf_frobreg.text import one_line
 
 WIDTH = 200  # of a file or a pipe
 
@@ -44,17 +44,17 @@ def show(*lines: str | Table) -> bool:
 def show_remark(name: str, remark: str | None) -> None:
     """Prints a remark on a kernel, if there is one, as a line on standard error."""
     if remark is not None:
-        print(f"{name}: {remark}", file=sys.stderr)
+        print(one_line(f"{name}: {remark}"), file=sys.stderr)
 
 
 @contextlib.contextmanager
 def progress_display() -> Iterator[Progress]:
     """Yields a progress display. Start it with its first task: bad input then prints only its one line."""
     progress = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         console=Console(stderr=True),
     )

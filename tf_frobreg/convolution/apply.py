@@ -1,13 +1,12 @@
 """Products of M and Mᵀ with images, computed without forming M."""
 
 import math
-import reprlib
 from typing import Any
 
 import numpy as np
 
 from tf_frobreg.backends import Operations, dtype_of, operations_of
-from tf_frobreg.checks import check_memory
+from tf_frobreg.checks import check_memory, received
 from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution
 
@@ -49,7 +48,7 @@ def check_images(conv: Convolution, vectors: int) -> None:
     """
     padded = math.prod(conv.blocks[:2]) * math.prod(map(_padded_size, conv.axes))
     entries = vectors * (math.prod(conv.input_shape) + math.prod(conv.output_shape)) + padded
-    sizes = f"input_size={reprlib.repr(conv.input_size)}, dilation_rate={reprlib.repr(conv.dilation_rate)}"
+    sizes = f"{received('input_size', conv.input_size)}, {received('dilation_rate', conv.dilation_rate)}"
     what = f"products with M for {sizes} take images of {entries:,} entries in all"
     check_memory(8 * entries, what, "a smaller input_size")
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import reprlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, Self, TypedDict
 
 import numpy as np
 
-from tf_frobreg.checks import check_choice, check_integer, did_you_mean
+from tf_frobreg.checks import check_choice, check_integer, did_you_mean, entries_of, received
 from tf_frobreg.convolution.axis import Axis
 
 __all__ = ["Convolution", "Geometry"]
@@ -298,7 +297,7 @@ def check_layer_geometry(
         if len(value) > max(LAYERS) - 2:
             raise ValueError(
                 f"{name} must have at most 3 entries, one per spatial axis, without batch and channels. "
-                f"Received: {name}={reprlib.repr(value)}"
+                f"Received: {received(name, value)}"
             )
         first, reference = sequences[0]
         if len(value) != len(reference):
@@ -323,11 +322,14 @@ def _check_names(geometry: Geometry) -> None:
 def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
     """Returns the shape as plain ints, or raises an error if no kernel has it."""
     try:
-        shape = tuple(n if n is None else check_integer("kernel_shape", n, minimum=0) for n in kernel_shape)
+        entries = entries_of(kernel_shape)
+        if entries is None:
+            raise TypeError
+        shape = tuple(n if n is None else check_integer("kernel_shape", n, minimum=0) for n in entries)
     except TypeError:
         raise TypeError(
             "kernel_shape must be a sequence of integers, such as kernel.shape. "
-            f"Received: kernel_shape={reprlib.repr(kernel_shape)}"
+            f"Received: {received('kernel_shape', kernel_shape)}"
         ) from None
     if len(shape) not in LAYERS:
         raise ValueError(
@@ -344,18 +346,13 @@ def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
 
 def _check_size(name: str, value: Any) -> int | tuple[int, ...]:
     """Returns an int, or a tuple of ints."""
-    # Lists, tuples, arrays, tensors and TensorShapes. The length of an array without axes raises TypeError.
-    try:
-        is_sequence = not isinstance(value, (str, bytes, Mapping, Set)) and len(value) >= 0
-        sizes = tuple(value) if is_sequence else ()
-    except (TypeError, ValueError, AttributeError, NotImplementedError):
-        is_sequence = False
-    if not is_sequence:
+    sizes = entries_of(value)
+    if sizes is None:
         return check_integer(name, value)
     if any(n is None for n in sizes):  # as in the shape of a batch, (None, 28, 28, 1)
         raise TypeError(
             f"{name} must hold one integer per spatial axis, without batch and channels. "
-            f"Received: {name}={reprlib.repr(sizes)}"
+            f"Received: {received(name, sizes)}"
         )
     return tuple(check_integer(name, n) for n in sizes)
 
@@ -375,5 +372,5 @@ def _per_axis(name: str, size: int | tuple[int, ...], rank: int) -> tuple[int, .
             hint = f" (write {size[:-1]}, without channels)"
         elif 0 < rank == len(size) - 2:
             hint = f" (write {size[1:-1]}, without batch and channels)"
-        raise ValueError(f"{name} must be {wanted}. Received: {name}={reprlib.repr(size)}{hint}")
+        raise ValueError(f"{name} must be {wanted}. Received: {received(name, size)}{hint}")
     return size

@@ -1,6 +1,5 @@
 """Kernels as users pass them: arrays, tensors and variables, or a built Keras layer."""
 
-import reprlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_frobreg.backends import dtype_of, is_dense, is_known, to_array, to_tensor, to_tensorflow
+from tf_frobreg.checks import received
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size, check_geometry
 from tf_frobreg.convolution.layer import SEPARABLE, KernelPlace, check_layer, read_layer
 
@@ -150,7 +150,7 @@ def _place_in_layer(layer: keras.layers.Layer, input_size: Size | None, geometry
     if repeated:
         raise TypeError(
             f"{repeated[0]} cannot be given for a layer: it is read from the layer. "
-            f"Received: kernel={reprlib.repr(layer)}"
+            f"Received: {received('kernel', layer)}"
         )
     _check_one_kernel(layer)
     place = read_layer(layer, input_size)

@@ -1,12 +1,11 @@
 """Reads one Keras layer: which attributes hold its kernels, and how it applies them."""
 
-import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 
-from tf_frobreg.checks import did_you_mean, enumeration
+from tf_frobreg.checks import did_you_mean, enumeration, received
 from tf_frobreg.convolution.geometry import Convolution, Size
 
 CONVOLUTIONS = (keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
@@ -139,7 +138,7 @@ def check_layer(layer: Any) -> None:
     """Raises TypeError or ValueError if the package cannot treat a layer."""
     if not isinstance(layer, KNOWN):
         raise TypeError(
-            f"layer must be a Keras convolution or Dense layer. Received: layer={reprlib.repr(layer)}"
+            f"layer must be a Keras convolution or Dense layer. Received: {received('layer', layer)}"
         )
     if not layer.built:
         raise ValueError(f"layer {layer.name!r} has not been built: build it, or call it once on a batch")

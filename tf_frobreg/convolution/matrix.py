@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Unpack
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.checks import check_choice, check_memory
+from tf_frobreg.checks import check_choice, check_memory, received
 from tf_frobreg.convolution.axis import Taps
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import as_tensorflow_kernel, convolution_of, kernel_and_convolution
@@ -190,7 +190,7 @@ def index_set(
         flat = np.ravel_multi_index(tuple(entry or ()), shape)
     except (TypeError, ValueError):
         raise ValueError(
-            f"entry must be an index into a kernel of shape {shape}. Received: entry={entry!r}"
+            f"entry must be an index into a kernel of shape {shape}. Received: {received('entry', entry)}"
         ) from None
     return index.positions[index.kernel_index == flat]
 

@@ -4,13 +4,12 @@ import dataclasses
 import enum
 import functools
 import math
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from tf_frobreg.checks import check_choice, check_flag, check_integer, check_number
+from tf_frobreg.checks import check_choice, check_flag, check_integer, check_number, received
 from tf_frobreg.convolution.geometry import Geometry, Size
 from tf_frobreg.convolution.kernel import as_tensorflow_kernel, kernel_and_convolution
 from tf_frobreg.descent.escapes import Escape, EscapePlan
@@ -114,14 +113,14 @@ class DescentResult:
 
     def __post_init__(self) -> None:
         if not isinstance(self.reason, StopReason):
-            raise TypeError(f"reason must be a StopReason. Received: reason={self.reason!r}")
+            raise TypeError(f"reason must be a StopReason. Received: {received('reason', self.reason)}")
         if not isinstance(self.history, Mapping):
             raise TypeError(
-                f"history must be a dict of columns. Received: history={reprlib.repr(self.history)}"
+                f"history must be a dict of columns. Received: {received('history', self.history)}"
             )
         if not isinstance(self.escapes, Sequence) or not all(isinstance(e, Escape) for e in self.escapes):
             raise TypeError(
-                f"escapes must be a sequence of Escape. Received: escapes={reprlib.repr(self.escapes)}"
+                f"escapes must be a sequence of Escape. Received: {received('escapes', self.escapes)}"
             )
         object.__setattr__(self, "escapes", tuple(self.escapes))
 
@@ -263,7 +262,7 @@ def regularize_kernel(
     gradient_tolerance = check_number("gradient_tolerance", gradient_tolerance)
     max_steps = check_integer("max_steps", max_steps, minimum=0)
     if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable. Received: callback={reprlib.repr(callback)}")
+        raise TypeError(f"callback must be callable. Received: {received('callback', callback)}")
     method, tape = _method_and_tape(method, gradient)
     before = kernel if isinstance(kernel, DescentResult) else None
     kernel, conv = kernel_and_convolution(
@@ -368,7 +367,9 @@ def _method_and_tape(method: Any, gradient: Any) -> tuple[str, bool]:
     if gradient is not None:
         check_choice("gradient", gradient, GRADIENTS)
     if method == "tape" and gradient == "theorem":
-        raise ValueError(f'gradient must be "tape" or None if method="tape". Received: {gradient=}')
+        raise ValueError(
+            f'gradient must be "tape" or None if method="tape". Received: {received("gradient", gradient)}'
+        )
     tape = "tape" in (method, gradient)
     return "closed_form" if method == "tape" else method, tape
 

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.checks import check_choice, check_number
+from tf_frobreg.checks import check_choice, check_integer, check_number, received
 from tf_frobreg.descent.escapes import Escape, EscapePlan
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 
@@ -305,7 +305,8 @@ def step_rule(
     conjugate = check_choice("direction", direction, DIRECTIONS) == "conjugate"
     if by_optimizer and conjugate:
         raise ValueError(
-            f'direction must be "gradient" if a Keras optimizer makes the steps. Received: {direction=}'
+            'direction must be "gradient" if a Keras optimizer makes the steps. '
+            f"Received: {received('direction', direction)}"
         )
     evaluation = Evaluation(penalty, tape, conjugate, line=exact)
     if exact:
@@ -335,10 +336,15 @@ def paper_schedule(step: int) -> float:
     Returns:
         λ, which multiplies the gradient (3.2).
 
+    Raises:
+        ValueError: If `step` is below 0.
+        TypeError: If `step` is no integer.
+
     Example:
         >>> [paper_schedule(step) for step in (0, 9, 10, 19, 20, 1000)]
         [1e-05, 1e-05, 0.0001, 0.0001, 0.001, 0.001]
     """
+    step = check_integer("step", step, minimum=0)
     return 1e-5 if step < 10 else 1e-4 if step < 20 else 1e-3
 
 
@@ -349,7 +355,7 @@ def _schedule(learning_rate: Any) -> Callable[[int], float]:
     if isinstance(learning_rate, (str, type)):
         raise ValueError(
             'learning_rate must be "exact", "paper", a positive number, a function of the step or an '
-            f"instance of a Keras optimizer. Received: {learning_rate=}"
+            f"instance of a Keras optimizer. Received: {received('learning_rate', learning_rate)}"
         )
     if callable(learning_rate):
         return lambda step: check_number(f"learning_rate({step})", learning_rate(step))

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from tf_frobreg.checks import check_choice, did_you_mean
+from tf_frobreg.checks import check_choice, did_you_mean, received
 from tf_frobreg.convolution.geometry import Convolution
 from tf_frobreg.keras.attach_report import (
     CLASSES,
@@ -242,7 +242,7 @@ def _check_penalty(penalty: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             kind = f"penalty={penalty!r}" if isinstance(penalty, str) else "a function as penalty"
             raise ValueError(
                 f"{name} must not be given with {kind}, which takes {', '.join(names)}. "
-                f"Received: {name}={reprlib.repr(value)}"
+                f"Received: {received(name, value)}"
             )
     values = {name: given[name] for name in names}
     if values.get("reduction", "") is None:
@@ -270,7 +270,7 @@ def _overridden(
         overrides = {}
     if not isinstance(overrides, Mapping):
         raise TypeError(
-            f"overrides must be a dict of dicts by name. Received: overrides={reprlib.repr(overrides)}"
+            f"overrides must be a dict of dicts by name. Received: {received('overrides', overrides)}"
         )
     candidates = [Candidate(kernel.name, kernel.layer) for kernel in kernels]
     for pattern, own in overrides.items():

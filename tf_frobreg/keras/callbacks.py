@@ -1,7 +1,6 @@
 """A Keras callback that watches singular values during training."""
 
 import math
-import reprlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +12,7 @@ import tensorflow as tf
 from matplotlib.figure import Figure
 
 from tf_frobreg.backends import to_array
-from tf_frobreg.checks import check_accuracy, check_choice, check_flag, check_integer, check_number
+from tf_frobreg.checks import check_accuracy, check_choice, check_flag, check_integer, check_number, received
 from tf_frobreg.keras.own_penalty import Target, target_of, warn_of_geometry
 from tf_frobreg.keras.select_kernels import Selection, check_selection, select_kernels
 from tf_frobreg.keras.trace import InputSize
@@ -388,7 +387,7 @@ def _check_batch(data: Any) -> tuple[Any, Any] | None:
     x, y = data if isinstance(data, (tuple, list)) and len(data) == 2 else (None, None)
     if any(part is None or isinstance(part, str) for part in (x, y)):
         raise TypeError(
-            f"gradient_data must be (x, y), a batch of arrays. Received: gradient_data={reprlib.repr(data)}"
+            f"gradient_data must be (x, y), a batch of arrays. Received: {received('gradient_data', data)}"
         )
     counts = {len(part) for part in keras.tree.flatten((x, y)) if np.ndim(part)}
     if len(counts) != 1 or 0 in counts:

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from tf_frobreg.backends import to_array
-from tf_frobreg.checks import check_choice, check_number
+from tf_frobreg.checks import check_choice, check_number, received
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer
 from tf_frobreg.keras.shared_weight import find_penalties, forget_functions, share_weight
 from tf_frobreg.keras.training_backend import keep_in_state, scope_of
@@ -52,7 +52,7 @@ class FactorSchedule(keras.callbacks.Callback):
     def __init__(self, schedule: Callable[[int], Any], *, unit: str = "epoch") -> None:
         super().__init__()
         if not callable(schedule):
-            raise TypeError(f"schedule must be a function. Received: schedule={schedule!r}")
+            raise TypeError(f"schedule must be a function. Received: {received('schedule', schedule)}")
         self.schedule = schedule
         self.unit = check_choice("unit", unit, ("epoch", "step"))
         self._penalties: list[WeightedRegularizer] = []

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tf_frobreg.backends import dtype_of
+from tf_frobreg.checks import received
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.keras.layer_geometry import TakesGeometry
 from tf_frobreg.keras.regularizer_base import WeightedRegularizer, function_name
@@ -123,7 +124,7 @@ def check_function(
     if not callable(function) or isinstance(function, (type, keras.regularizers.Regularizer)):
         raise TypeError(
             f"{name} must be {else_}a function of (kernel, convolution). "
-            f"Received: {name}={reprlib.repr(function)}{hint}"
+            f"Received: {received(name, function)}{hint}"
         )
     return function
 

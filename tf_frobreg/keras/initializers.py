@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import keras
 import numpy as np
 
-from tf_frobreg.checks import check_integer, check_number
+from tf_frobreg.checks import check_integer, check_number, received
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.isometric_patch import isometric_patch
 from tf_frobreg.descent.algorithm_3_1 import StopReason, regularize_kernel
@@ -102,7 +102,7 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
         """
         conv = self.convolution(shape)
         if not keras.backend.is_float_dtype(dtype or "float32"):
-            raise TypeError(f"dtype must be one of floats. Received: dtype={dtype!r}")
+            raise TypeError(f"dtype must be one of floats. Received: {received('dtype', dtype)}")
         precision = "float32" if dtype is None else "float64"
         if _keras_is_loading_a_model():
             kernel = self._start(conv, precision)

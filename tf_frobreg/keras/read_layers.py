@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import reprlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ import keras
 import numpy as np
 
 from tf_frobreg.backends import to_array
-from tf_frobreg.checks import did_you_mean, enumeration
+from tf_frobreg.checks import did_you_mean, enumeration, received
 from tf_frobreg.convolution.geometry import Convolution, Size
 from tf_frobreg.convolution.layer import (
     KNOWN,
@@ -193,7 +192,7 @@ def check_model(model: Any) -> None:
             base.__module__.startswith("tf_keras.") for base in type(model).__mro__
         )
         hint = " It is of Keras 2: unset TF_USE_LEGACY_KERAS, or import keras." if is_legacy else ""
-        raise TypeError(f"model must be a Keras model or layer. Received: model={reprlib.repr(model)}.{hint}")
+        raise TypeError(f"model must be a Keras model or layer. Received: {received('model', model)}.{hint}")
 
 
 def _read_layer(
@@ -260,7 +259,7 @@ def _sizes_by_layer(
             known = (*inputs, *(key for key, layer in layers.items() if isinstance(layer, KNOWN)))
             raise ValueError(
                 f"input_size must have names of inputs or layers. Received: the name {name!r}"
-                f"{did_you_mean(name, known)} in input_size={reprlib.repr(input_size)}. "
+                f"{did_you_mean(name, known)} in {received('input_size', input_size)}. "
                 f"Names: {enumeration(known)}"
             )
     return sizes

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import reprlib
 from typing import Any
 
 import keras
@@ -10,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_frobreg.backends import dtype_of, not_compiled
-from tf_frobreg.checks import check_number
+from tf_frobreg.checks import check_number, received
 from tf_frobreg.convolution.geometry import Convolution, Geometry
 from tf_frobreg.convolution.kernel import as_kernel
 from tf_frobreg.keras.layer_geometry import TakesGeometry
@@ -91,7 +90,7 @@ def check_constant(name: str, value: Any, *, exclusive: bool = False) -> float:
         )
         raise TypeError(
             f"{name} must be a number, not a variable, because its value would be frozen. {instead}. "
-            f"Received: {name}={reprlib.repr(value)}"
+            f"Received: {received(name, value)}"
         )
     return check_number(name, value, exclusive=exclusive)
 

@@ -1,13 +1,12 @@
 """Selects kernels of a model: by name, layer, layer class or function of the layer."""
 
 import fnmatch
-import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 
-from tf_frobreg.checks import did_you_mean, enumeration
+from tf_frobreg.checks import did_you_mean, enumeration, received
 from tf_frobreg.keras.read_layers import LayerKernel, read_kernels
 from tf_frobreg.keras.trace import InputSize
 
@@ -105,7 +104,7 @@ def check_selection(argument: str, selection: Selection | None) -> list[Any] | N
     ):
         raise TypeError(
             f"{argument} must be a name, a layer, a layer class, a function of the layer, or a list of "
-            f"those. Received: {argument}={reprlib.repr(selection)}"
+            f"those. Received: {received(argument, selection)}"
         )
     return list(patterns)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from tf_frobreg.checks import received
 from tf_frobreg.keras.regularizer_base import Replacement, describe
 
 __all__ = ["SumRegularizer"]
@@ -18,7 +19,8 @@ class SumRegularizer(Replacement):
         regularizers: Keras regularizers, their names or configurations, or functions of the kernel.
 
     Raises:
-        ValueError: If `regularizers` is empty or contains None.
+        ValueError: If `regularizers` is empty, or contains None or what Keras does not know.
+        TypeError: If `regularizers` is not iterable.
 
     Example:
         >>> from tf_frobreg import ReshapedRegularizer
@@ -28,12 +30,17 @@ class SumRegularizer(Replacement):
     """
 
     def __init__(self, regularizers: Iterable[Any]) -> None:
-        given = list(regularizers)
-        self.regularizers: list[Callable[[Any], Any]] = [keras.regularizers.get(part) for part in given]
-        if not self.regularizers or None in self.regularizers:
-            raise ValueError(
-                f"regularizers must not be empty and must not contain None. Received: regularizers={given!r}"
-            )
+        found = f"Received: {received('regularizers', regularizers)}"
+        try:
+            given = list(regularizers)
+        except (TypeError, NotImplementedError):  # a tensor without values raises the latter
+            raise TypeError(f"regularizers must be a list. {found}") from None
+        try:
+            self.regularizers: list[Callable[[Any], Any]] = [keras.regularizers.get(part) for part in given]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"regularizers must hold regularizers. {found}. Keras says: {error}") from error
+        if not self.regularizers or any(part is None for part in self.regularizers):
+            raise ValueError(f"regularizers must not be empty and must not contain None. {found}")
 
     def __call__(self, x: Any) -> Any:
         """Returns the sum, a scalar."""

@@ -2,15 +2,13 @@
 
 import contextlib
 import re
-import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.checks import check_integer
+from tf_frobreg.checks import check_integer, entries_of, received
 from tf_frobreg.convolution.geometry import Size
 from tf_frobreg.convolution.layer import Shape, image_sizes
 
@@ -119,7 +117,7 @@ def trace_model(
     if not calls and input_size is not None and not isinstance(input_size, Mapping):
         raise ValueError(
             "input_size needs a model whose inputs are known: call it once on an image, or give a dict of "
-            f"sizes by the names of layers. Received: input_size={input_size!r}"
+            f"sizes by the names of layers. Received: {received('input_size', input_size)}"
         )
     problem = None if calls else "its inputs are not known"
     shapes: dict[int, list[Shape]] = {}
@@ -135,7 +133,7 @@ def trace_model(
     if problem is not None and given:
         raise ValueError(
             f"input_size must suit the model, which fails on such images ({problem}). "
-            f"Received: input_size={reprlib.repr(input_size)}"
+            f"Received: {received('input_size', input_size)}"
         )
     return Trace(shapes, problem, names, source)
 
@@ -253,9 +251,13 @@ def _specs(shape: Any, dtype: str) -> Any:
 
 def is_size(given: Size, size: Sequence[int | None]) -> bool:
     """Returns whether a given size, one int for all axes or one per axis, is this size."""
-    values: Any = given
-    checked = [check_integer("input_size", n) for n in (values if np.ndim(values) else [values] * len(size))]
-    return checked == list(size)
+    return _sizes(given, len(size)) == list(size)
+
+
+def _sizes(given: Any, rank: int) -> list[int]:
+    """Returns a given size as one int per axis."""
+    entries = entries_of(given)
+    return [check_integer("input_size", n) for n in ([given] * rank if entries is None else entries)]
 
 
 def _check_changeable(model: keras.layers.Layer, own: Sequence[_Call], input_size: InputSize) -> None:
@@ -282,7 +284,7 @@ def _check_changeable(model: keras.layers.Layer, own: Sequence[_Call], input_siz
             raise ValueError(
                 "input_size goes with a model that leaves the size of its images open; the input "
                 f"{name!r} has the fixed shape {tuple(shape)}. "
-                f"Received: input_size={reprlib.repr(input_size)}"
+                f"Received: {received('input_size', input_size)}"
             )
 
 
@@ -308,7 +310,7 @@ def _resized(model: keras.layers.Layer, name: str, spec: Any, given: Mapping[str
     is_free = not getattr(model, "inputs", None) and len(shape) > 2
     axes = image if is_free else [axis for axis, n in enumerate(shape) if n is None and axis > 0]
     sizes: Any = given[name]
-    values = [check_integer("input_size", n) for n in (sizes if np.ndim(sizes) else [sizes] * len(axes))]
+    values = _sizes(sizes, len(axes))
     if len(values) == len(image) and all(
         shape[axis] in (None, n) for axis, n in zip(image, values, strict=True)
     ):
@@ -316,7 +318,7 @@ def _resized(model: keras.layers.Layer, name: str, spec: Any, given: Mapping[str
     if axes and len(values) != len(axes):
         raise ValueError(
             f"input_size must be an int or {len(axes)} ints for the input {name!r} of shape {shape}. "
-            f"Received: input_size={reprlib.repr(sizes)}"
+            f"Received: {received('input_size', sizes)}"
         )
     by_axis = dict(zip(axes, values, strict=False))  # an input without open axes takes no size
     filled = [by_axis.get(axis, n) for axis, n in enumerate(shape)]

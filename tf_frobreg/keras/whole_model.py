@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import reprlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from tf_frobreg.checks import check_flag, check_number
+from tf_frobreg.checks import check_flag, check_number, received
 from tf_frobreg.descent.algorithm_3_1 import DescentResult, StopReason, regularize_kernel
 from tf_frobreg.keras.own_penalty import remark_on, target_of
 from tf_frobreg.keras.read_layers import read_kernels
@@ -114,7 +113,7 @@ def _check_start(start: Any) -> Sequence[KernelSpectrum]:
     """Returns the rows to start from, or raises an error if they are not rows."""
     rows = () if start is None else start
     if not isinstance(rows, (list, tuple)) or not all(isinstance(row, KernelSpectrum) for row in rows):
-        raise TypeError(f"start must be what model_spectrum returned. Received: start={reprlib.repr(start)}")
+        raise TypeError(f"start must be what model_spectrum returned. Received: {received('start', start)}")
     return rows
 
 
@@ -314,7 +313,7 @@ def regularize_model(
         True
     """
     if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be a function. Received: callback={reprlib.repr(callback)}")
+        raise TypeError(f"callback must be a function. Received: {received('callback', callback)}")
     selected, left_out = select_kernels(model, include, exclude, input_size)
     kernels = []
     for kernel in selected:

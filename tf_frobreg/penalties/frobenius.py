@@ -1,27 +1,24 @@
 """The penalty R_α(K) = ‖MᵀM − αI‖²_F, its gradient and its floor."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Unpack
 
-import numpy as np
 import tensorflow as tf
 
-from tf_frobreg.backends import check_tensorflow, dtype_of, is_known, to_array
+from tf_frobreg.backends import check_tensorflow
 from tf_frobreg.checks import check_choice, check_number
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import convolution_of, kernel_and_convolution
 from tf_frobreg.penalties import explicit_form
 from tf_frobreg.penalties.closed_form import ClosedForm, closed_form
 from tf_frobreg.penalties.penalty_function import ONE, Weight, weighted
+from tf_frobreg.penalties.units import in_units, times
 
 __all__ = ["frobenius_gradient", "frobenius_penalty", "penalty_excess", "penalty_floor"]
 
 METHODS = ("closed_form", "sparse")
-# Entries up to 2 to this power, or down to its inverse, are used as they are. Their fourth powers are finite.
-ORDINARY = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +147,7 @@ def frobenius_penalty(
     """
     kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
     unit, kernel, penalty = _in_units(kernel, FrobeniusPenalty(conv, alpha, method))
-    return _times(penalty.value(kernel), unit, 4)
+    return times(penalty.value(kernel), unit, 4)
 
 
 def frobenius_gradient(
@@ -196,7 +193,7 @@ def frobenius_gradient(
     """
     kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
     unit, kernel, penalty = _in_units(kernel, FrobeniusPenalty(conv, alpha, method))
-    return _times(penalty.excess_and_gradient(kernel)[1], unit, 3)
+    return times(penalty.excess_and_gradient(kernel)[1], unit, 3)
 
 
 def penalty_floor(
@@ -279,37 +276,9 @@ def penalty_excess(
     """
     kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
     unit, kernel, penalty = _in_units(kernel, FrobeniusPenalty(conv, alpha))
-    return _times(penalty.excess(kernel), unit, 4)
+    return times(penalty.excess(kernel), unit, 4)
 
 
 def _in_units(kernel: Any, penalty: FrobeniusPenalty) -> tuple[float, Any, FrobeniusPenalty]:
-    """Returns a power of two, the kernel divided by it, and the penalty whose α is divided by its square.
-
-    Squares of very large or small entries would be infinite or 0, and differences of them NaN. The unit is 1
-    for ordinary kernels, and for one whose values are not known yet.
-
-    Raises:
-        ValueError: If α is too large for the dtype of the kernel.
-    """
-    numbers = np.finfo(dtype_of(kernel))
-    if penalty.alpha > float(numbers.max):
-        raise ValueError(
-            f"alpha must be at most {numbers.max:.2g} for a kernel of {numbers.dtype}. "
-            f"Received: alpha={penalty.alpha}"
-        )
-    if not is_known(kernel):
-        return 1.0, kernel, penalty
-    largest = max(float(np.abs(to_array(kernel)).max(initial=0.0)), penalty.alpha**0.5)
-    exponent = max(math.frexp(largest)[1] - 1, int(numbers.minexp))
-    if abs(exponent) <= ORDINARY:
-        return 1.0, kernel, penalty
-    unit = 2.0**exponent
-    alpha = max(penalty.alpha / unit / unit, math.ulp(0.0))
-    return unit, kernel / unit, dataclasses.replace(penalty, alpha=alpha)
-
-
-def _times(tensor: Any, unit: float, power: int) -> Any:
-    """Returns the tensor times a power of the unit. The power itself can be infinite, and 0·∞ is NaN."""
-    for _ in range(0 if unit == 1.0 else power):
-        tensor = tensor * unit
-    return tensor
+    unit, kernel, alpha = in_units(kernel, penalty.alpha)
+    return unit, kernel, penalty if unit == 1.0 else dataclasses.replace(penalty, alpha=alpha)

@@ -1,14 +1,13 @@
 """The projection of Sedghi, Gupta and Long, which clips the singular values of the border-free operator."""
 
 import math
-import reprlib
 from typing import Any, Unpack
 
 import keras
 import numpy as np
 
 from tf_frobreg.backends import KerasOperations, dtype_of, itemsize
-from tf_frobreg.checks import check_memory, check_number
+from tf_frobreg.checks import check_memory, check_number, received
 from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import kernel_and_convolution
@@ -74,7 +73,7 @@ def clip(kernel: Any, conv: Convolution, low: float, high: float) -> Any:
     frequencies, blocks = math.prod(conv.input_size), math.prod(conv.blocks)
     check_memory(
         SPECTRA * 16 * frequencies * blocks,
-        f"the projection for input_size={reprlib.repr(conv.input_size)} has {frequencies:,} frequencies",
+        f"the projection for {received('input_size', conv.input_size)} has {frequencies:,} frequencies",
         "a smaller input_size",
     )
     rank = len(conv.kernel_size)
@@ -143,5 +142,5 @@ def _check_operator(conv: Convolution) -> None:
         if axis.input_size < axis.span:
             raise ValueError(
                 "input_size must be at least the (dilated) kernel size for the projection. Received: "
-                f"input_size={reprlib.repr(conv.input_size)}, kernel.shape={conv.kernel_shape}"
+                f"{received('input_size', conv.input_size)}, kernel.shape={conv.kernel_shape}"
             )

@@ -8,6 +8,7 @@ import keras
 from tf_frobreg.backends import dtype_of, in_full_precision
 from tf_frobreg.checks import check_number
 from tf_frobreg.convolution.kernel import kernel_of
+from tf_frobreg.penalties.units import in_units, times
 
 __all__ = ["reshaped_penalty"]
 
@@ -43,7 +44,8 @@ def reshaped_penalty(kernel: Any, *, alpha: float = 1.0) -> Any:
         8.0 2.98
     """
     alpha = check_number("alpha", alpha, exclusive=True)
-    return evaluate_reshaped(kernel_of(kernel), alpha)
+    unit, kernel, alpha = in_units(kernel_of(kernel), alpha)
+    return times(evaluate_reshaped(kernel, alpha), unit, 4)
 
 
 @in_full_precision

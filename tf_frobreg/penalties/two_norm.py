@@ -12,6 +12,7 @@ from tf_frobreg.checks import check_choice, check_integer, check_number
 from tf_frobreg.convolution.apply import apply, apply_adjoint, check_images
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import kernel_and_convolution
+from tf_frobreg.penalties.units import check_alpha_fits
 
 __all__ = ["spectral_penalty"]
 
@@ -74,6 +75,7 @@ def spectral_penalty(
     alpha = check_number("alpha", alpha, exclusive=True)
     steps = check_integer("power_steps", power_steps)
     kernel, conv = kernel_and_convolution(kernel, input_size, geometry)
+    check_alpha_fits(alpha, kernel)
     start = keras.ops.convert_to_tensor(start_vector(conv, check_gram(gram), dtype_of(kernel)))
     return _compiled(conv, alpha, gram, steps)(kernel, start)[0]
 
@@ -96,10 +98,10 @@ def power_iteration(
         (penalty, vector). The penalty is differentiable in `kernel`.
     """
     ahead, back = (apply_adjoint, apply) if _uses_mmt(conv, gram) else (apply, apply_adjoint)
-    # The squares of large kernel entries overflow long before the penalty does.
+    # The squares of large kernel entries, and of a large α, overflow long before the penalty does.
     largest = keras.ops.stop_gradient(keras.ops.max(keras.ops.abs(kernel)))
-    scale = keras.ops.where(largest > 1, largest, keras.ops.ones_like(largest))
-    kernel, target = kernel / scale, alpha / scale**2
+    scale = keras.ops.maximum(largest, keras.ops.cast(max(alpha**0.5, 1.0), dtype_of(kernel)))
+    kernel, target = kernel / scale, alpha**0.5 / scale * (alpha**0.5 / scale)
     fixed = keras.ops.stop_gradient(kernel)
 
     def step(_: Any, vectors: tuple[Any, Any]) -> tuple[Any, Any]:

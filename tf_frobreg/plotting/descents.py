@@ -1,13 +1,13 @@
 """Figures of descents."""
 
 import math
-import reprlib
 from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tf_frobreg.checks import received
 from tf_frobreg.descent.algorithm_3_1 import DescentResult
 
 __all__ = ["plot_convergence"]
@@ -38,9 +38,11 @@ def plot_convergence(results: DescentResult | Mapping[str, DescentResult]) -> Fi
     """
     if isinstance(results, DescentResult):
         results = {"": results}
-    if not isinstance(results, Mapping) or not results:
+    is_dict = isinstance(results, Mapping) and results
+    if not is_dict or not all(isinstance(result, DescentResult) for result in results.values()):
         raise ValueError(
-            f"results must be a DescentResult or a non-empty dict of them. Received: {reprlib.repr(results)}"
+            "results must be a DescentResult or a non-empty dict of them. "
+            f"Received: {received('results', results)}"
         )
     columns = math.ceil(math.sqrt(len(results)))
     rows = math.ceil(len(results) / columns)

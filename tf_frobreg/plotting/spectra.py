@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from tf_frobreg.checks import check_choice, check_number
+from tf_frobreg.checks import check_choice, check_number, received
 from tf_frobreg.plotting.parts import (
     TARGET,
     by_depth,
@@ -116,7 +116,7 @@ def _check_spectra(spectra: Any, alpha: float | None) -> list[_Layer]:
     else:
         layers = [_check_spectrum("", spectra, alpha or 1.0)]
     if not layers:
-        raise ValueError(f"spectra must hold a measured layer. Received: spectra={reprlib.repr(spectra)}")
+        raise ValueError(f"spectra must hold a measured layer. Received: {received('spectra', spectra)}")
     return layers
 
 
@@ -126,7 +126,7 @@ def _check_spectrum(name: str, sigma: Any, alpha: float) -> _Layer:
         return _Layer(name, np.array([sigma.sigma_max, sigma.sigma_min_bound]), False, alpha**0.5)
     try:
         array = np.array([np.nan]) if np.iscomplexobj(sigma) else np.asarray(sigma, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.array([np.nan])
     array = np.sort(array, axis=None)[::-1]
     if not array.size or not np.isfinite(array).all() or array[-1] < 0:

@@ -199,12 +199,16 @@ def plot_gradient_norms(history: Mapping[str, ArrayLike]) -> Figure:
 
 def _read_history(history: Any, *columns: str) -> tuple[np.ndarray, list[str], dict[str, np.ndarray]]:
     """Returns (epochs, names of the layers, each column with a row per layer) of a monitor's history."""
-    keys = list(history) if isinstance(history, Mapping) else []
+    keys = [key for key in history if isinstance(key, str)] if isinstance(history, Mapping) else []
     first = f"/{columns[0]}"
     prefixes = {key.removesuffix(first): key.removesuffix(columns[0]) for key in keys if key.endswith(first)}
     prefixes = prefixes or {"model": ""}  # without layers, the columns of the whole model
     needed = ["epoch", *(f"{prefix}{column}" for prefix in prefixes.values() for column in columns)]
-    lengths = {np.size(history[key]) if key in keys else 0 for key in needed}
+    try:
+        found = {key: np.asarray(history[key], dtype=np.float64) for key in needed if key in keys}
+    except (TypeError, ValueError, OverflowError):
+        found = {}
+    lengths = {len(found[key]) if key in found and found[key].ndim == 1 else 0 for key in needed}
     if len(lengths) > 1 or 0 in lengths:
         wanted = ", ".join(f'"<layer>/{column}"' for column in columns)
         raise ValueError(
@@ -212,7 +216,6 @@ def _read_history(history: Any, *columns: str) -> tuple[np.ndarray, list[str], d
             f'"epoch", {wanted}. Received: {reprlib.repr(history)}'
         )
     values = {
-        column: np.array([history[f"{prefix}{column}"] for prefix in prefixes.values()], dtype=np.float64)
-        for column in columns
+        column: np.array([found[f"{prefix}{column}"] for prefix in prefixes.values()]) for column in columns
     }
-    return np.asarray(history["epoch"], dtype=np.float64), list(prefixes), values
+    return found["epoch"], list(prefixes), values

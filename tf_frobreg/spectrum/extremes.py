@@ -1,13 +1,12 @@
 """σmax and σmin of M without its other singular values, for layers whose M does not fit in memory."""
 
 import math
-import reprlib
 import warnings
 from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 
-from tf_frobreg.checks import check_accuracy, check_integer, check_memory, check_number
+from tf_frobreg.checks import check_accuracy, check_integer, check_memory, check_number, received
 from tf_frobreg.convolution.apply import check_images
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.kernel import kernel_and_convolution, known_values
@@ -159,7 +158,7 @@ class ExtremesFinder:
         """Returns the vectors to start at, if there are any."""
         if start is not None and not isinstance(start, ExtremeSingularValues):
             raise TypeError(
-                f"start must be a result of extreme_singular_values. Received: start={reprlib.repr(start)}"
+                f"start must be a result of extreme_singular_values. Received: {received('start', start)}"
             )
         if start is None or start.vectors is None:
             return None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tf_frobreg.cli.messages import LONGEST, one_line
+from tf_frobreg.text import LONGEST, one_line
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,3 @@ def test_a_long_text_lacks_its_middle():
     assert len(line) == LONGEST + 3
     assert line.startswith("start ")
     assert line.endswith("x end")
-
-
-def test_long_and_odd_names_of_files_are_shortened(run):
-    status, printed = run("spectrum", f"{'x' * 5000}\x1b[31m\n.npy", "--input-size", 4)
-    assert status == 2
-    assert printed.err.count("\n") == 1
-    assert len(printed.err) < 1100
-    status, printed = run("spectrum", "a.npy", "--padding", "y" * 5000)
-    assert status == 2
-    assert len(printed.err) < 1200
