@@ -24,6 +24,7 @@ from tf_frobreg.spectrum.extreme_search import (
     gram_products,
     rayleigh,
 )
+from tf_frobreg.spectrum.symbol import symbol_peak, wave_vector
 
 __all__ = ["ExtremeSingularValues", "condition_number", "extreme_singular_values", "spectral_norm"]
 
@@ -35,6 +36,7 @@ FREQUENCY_WORK = 3e8  # frequencies·g·h·min(g, h) of "circular" layers: 0.3 s
 # this many times smaller: this happens in 1 of 60 kernels instead of 3, at a tenth more products. For σmin it
 # would take four times as many products.
 CAUTION = 4
+PRODUCTS = 20  # whose time the bounds of a large image may take
 NOISE = 0.1  # share of a random vector in a warm start, for a σ that has become the outermost since then
 
 
@@ -125,6 +127,11 @@ class ExtremesFinder:
         self._rounding = np.finfo(np.float64).eps * math.prod(conv.kernel_size) * sum(conv.blocks[1:])
         dense_rows = DENSE_ROWS if dense_rows is None else dense_rows
         self._direct = self._size <= dense_rows or _is_cheap_by_frequency(conv)
+        # How far a wave that fades towards the border may be from the peak of the symbol, relative to σmax.
+        degrees = [(axis.kernel_size - 1) // axis.stride for axis in conv.axes]
+        sizes = [axis.output_size for axis in conv.axes]
+        gap = sum((math.pi * d / n) ** 2 / 8 for d, n in zip(degrees, sizes, strict=True))
+        self._has_wave = bool(conv.axes) and gap <= 4 * self._accuracy
         if not self._direct:
             check_memory(
                 8 * LANCZOS_VECTORS * self._size,
@@ -143,7 +150,7 @@ class ExtremesFinder:
         if self._direct or not kernel.any():
             found = self._from_all(kernel)
         else:
-            found = self._search(gram_products(kernel, self._conv), vectors)
+            found = self._search(kernel, vectors)
             reached = found.sigma_max_converged and (found.sigma_min_converged or not self._sigma_min)
             if self._size <= RESCUE_ROWS and not reached:
                 found = self._from_all(kernel)._replace(vectors=found.vectors)
@@ -190,8 +197,9 @@ class ExtremesFinder:
             sigma_min_converged=self._sigma_min,
         )
 
-    def _search(self, products: list[Product], start: SearchVectors | None) -> ExtremeSingularValues:
+    def _search(self, kernel: np.ndarray, start: SearchVectors | None) -> ExtremeSingularValues:
         """Searches for the outermost eigenpairs of the smaller Gram matrix."""
+        products = gram_products(kernel, self._conv)
         random = np.random.RandomState(0).standard_normal((self._size, 1))  # fixed, for repeatable results
         sample = rayleigh(products[-1].multiply, random)
         if sample.value == 0.0:
@@ -199,18 +207,38 @@ class ExtremesFinder:
         # For a random vector, θ is about the mean of all σ² and the residual about their standard deviation.
         finest = 0.01 * sample.residual / sample.value
         random = sample.vector
-        first = products[-1].multiply(random) if start is None else start.high + NOISE * random
         # An error ε of σ² is an error ε/2σ of σ, so σmax allows twice the residual.
         goal = max(min(2 * self._accuracy / CAUTION, finest), self._rounding)
-        high = find_outermost(products, first, goal, self._iterations)
+        high, bound = self._wave(kernel, products[-1])
+        if high is None or not self._reaches(high, bound):
+            near = high and high.vector if start is None else start.high
+            first = products[-1].multiply(random) if near is None else near + NOISE * random
+            high = find_outermost(products, first, goal, self._iterations)
         low = None
         if self._sigma_min:
             first = random if start is None or start.low is None else start.low + NOISE * random
             goal = max(min(self._accuracy, finest), self._rounding)
             low = find_outermost(products, first, goal, self._iterations, largest=high.value)
-        return self._estimate(high, low)
+        return self._estimate(high, low, bound)
 
-    def _estimate(self, high: Eigenpair, low: Eigenpair | None) -> ExtremeSingularValues:
+    def _wave(self, kernel: np.ndarray, product: Product) -> tuple[Eigenpair | None, float]:
+        """Returns the eigenpair near the peak of the symbol, and the peak, for a large image.
+
+        The peak is an upper bound of σmax. Without it, the result is (None, inf).
+        """
+        if not self._has_wave:
+            return None, math.inf
+        work = 2 * kernel.size * math.prod(axis.output_size for axis in self._conv.axes)
+        peak = symbol_peak(kernel, self._conv, 0.1 * self._accuracy, max(FREQUENCY_WORK, PRODUCTS * work))
+        if peak is None:
+            return None, math.inf
+        return rayleigh(product.multiply, wave_vector(kernel, self._conv, peak)), peak.upper
+
+    def _reaches(self, high: Eigenpair, bound: float) -> bool:
+        """Returns whether an upper bound of σmax shows that an eigenvalue has the accuracy."""
+        return (1 - self._accuracy) * bound <= math.sqrt(max(high.value, 0.0))
+
+    def _estimate(self, high: Eigenpair, low: Eigenpair | None, bound: float) -> ExtremeSingularValues:
         """Returns the singular values of the outermost eigenpairs, with error estimates."""
         # Neighbours closer than the accuracy cannot be distinguished, however small the residual is.
         allowed = self._accuracy * high.value
@@ -227,9 +255,9 @@ class ExtremesFinder:
         return ExtremeSingularValues(
             sigma_max=sigma_max,
             sigma_min=sigma_min,
-            sigma_max_error=math.sqrt(high.value + above) - sigma_max,
+            sigma_max_error=min(math.sqrt(high.value + above), max(bound, sigma_max)) - sigma_max,
             sigma_min_error=sigma_min_error,
-            sigma_max_converged=high.residual <= 2 * allowed,
+            sigma_max_converged=high.residual <= 2 * allowed or self._reaches(high, bound),
             sigma_min_converged=low is not None and low.residual <= allowed,
             vectors=SearchVectors(high.vector, None if low is None else low.vector),
         )
@@ -263,6 +291,11 @@ def extreme_singular_values(
     case. Both need only products with G. These use a sparse matrix or, for larger layers, a convolution and
     its adjoint, first in float32, then in float64. If G has up to 1500 rows, and for "circular" layers of
     moderate size, all singular values are computed instead, and none can be missed.
+
+    On a large image the top of the spectrum is dense, and a search takes long. The symbol of the layer
+    without its border then gives a true upper bound of σmax, and an image with one plane wave comes close to
+    it. If they agree to the accuracy, there is no search for σmax, and its error is a bound. There is no such
+    bound for σmin: on millions of pixels the search for it takes minutes. `spectral_norm` leaves it out.
 
     For a unit vector v, θ = vᵀGv lies between σmin² and σmax², and some σ² is at most the residual ‖Gv − θv‖
     away from θ. Both are computed in float64. The error estimates assume that this σ² is the outermost one.
