@@ -90,8 +90,9 @@ class TensorFlowOperations:
 
     @staticmethod
     def constant(values: np.ndarray, like: Any) -> Any:
-        """Returns a constant of the dtype of `like`."""
-        return tf.constant(values.astype(like.dtype.as_numpy_dtype))
+        """Returns a constant of the dtype of `like`. Numbers beyond the dtype become infinite."""
+        with np.errstate(over="ignore"):
+            return tf.constant(values.astype(like.dtype.as_numpy_dtype))
 
     @staticmethod
     def subtract_from_diagonal(matrices: Any, values: Any) -> Any:

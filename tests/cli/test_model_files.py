@@ -148,3 +148,14 @@ def test_errors_are_short_and_on_one_line():
     assert short(ValueError("outer\nException encountered: inner\n cause")) == "inner cause"
     assert short(KeyError()) == "KeyError"
     assert short(ValueError("x" * 1000)) == f"{'x' * 200} … {'x' * 100}"
+
+
+def test_arrays_that_do_not_fit_are_not_read(tmp_path):
+    """A compressed array of zeros takes a few bytes in the file."""
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    path = tmp_path / "large.h5"
+    model.save(path)
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("zeros", (10**6, 10**6), "f8", compression="gzip", chunks=(1000, 1000))
+    with pytest.raises(BadInput, match="its arrays need 8,000,000,000,... bytes or more, but .* are free"):
+        load_model(str(path), "FILE")

@@ -229,6 +229,8 @@ def test_a_kernel_whose_penalty_overflows_is_given_back(scale, alpha, dtype):
     assert (result.reason, result.num_steps) == (StopReason.OVERFLOW, 0)
     assert not result.converged
     assert np.array_equal(result.kernel, kernel)
+    assert result.penalty == result.history["penalty"][0] == result.history["gradient_norm"][0] == np.inf
+    assert result.history["sigma_max"][0] == pytest.approx(singular_values(kernel, 8)[0], rel=1e-6)
 
 
 def test_callback_sees_every_step_and_can_stop():

@@ -271,10 +271,13 @@ def only_images(kernel, convolution):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (vector, "the function vector, .* must return a scalar. Received: a tensor of .* for layer 'conv'"),
+        (
+            vector,
+            "the function vector, .* must return a real scalar. Received: a float32 tensor .* layer 'conv'",
+        ),
         (too_few, "too_few, which fails with TypeError: .*takes 1 positional argument but 2 .* layer 'conv'"),
         (misspelt, "misspelt, which fails with AttributeError: .* no attribute 'shap', for layer 'conv'"),
-        (nothing, "nothing, which fails .* must return a scalar. Received: None, for layer 'conv'"),
+        (nothing, "nothing, which fails .* must return a real scalar. Received: None, for layer 'conv'"),
         (constant, "constant, whose result has no gradient. It is a constant, or .* for layer 'conv'"),
         (through_numpy, "through_numpy, which fails with NotImplementedError: Cannot convert .* numpy"),
         (through_a_call_of_numpy, "through_a_call_of_numpy, whose result has no gradient. .* or NumPy"),

@@ -472,6 +472,10 @@ def test_the_monitor_does_not_change_the_training():
         ({"gradient_data": (np.ones((0, 2)), np.ones(0))}, ValueError, "Received: 0 of them"),
         ({"gradient_data": (1, 2)}, ValueError, "gradient_data must be .*Received: numbers of them"),
         ({"max_seconds": -1}, ValueError, "max_seconds must be"),
+        ({"input_size": "junk"}, TypeError, "input_size must be an integer. Received: input_size='junk'"),
+        ({"input_size": -3}, ValueError, "input_size must be at least 1"),
+        ({"input_size": {5: 8}}, TypeError, "input_size must have names of inputs or layers as its keys"),
+        ({"input_size": {"image": (8, 0)}}, ValueError, "input_size must be at least 1. Received: "),
         ({"per_kernel": 1}, TypeError, "per_kernel must be True or False"),
     ],
 )

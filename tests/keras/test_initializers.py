@@ -212,6 +212,11 @@ def test_bad_arguments_of_the_initializer(arguments, message):
         FrobeniusInitializer(8, **arguments)
 
 
+def test_a_shape_that_is_none_is_refused():
+    with pytest.raises(TypeError, match="shape must be the shape of a kernel. Received: shape=3"):
+        FrobeniusInitializer(4)(3)
+
+
 def test_a_layer_with_the_initializer_is_saved_and_loaded(tmp_path):
     start = FrobeniusInitializer((8, 7), 2.0, noise=0.5, max_steps=3, seed=5, padding="valid")
     with pytest.warns(UserWarning, match="misses tolerance"):

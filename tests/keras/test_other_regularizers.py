@@ -176,8 +176,10 @@ def test_a_function_trains(mode):
 @pytest.mark.parametrize(
     ("result", "found"),
     [
-        (lambda kernel: kernel, "a tensor of shape .3, 3, 1, 1."),
-        (lambda kernel: [1.0], "a tensor of shape .1,."),
+        (lambda kernel: kernel, "a float64 tensor of shape .3, 3, 1, 1."),
+        (lambda kernel: [1.0], ".1.0."),
+        (lambda kernel: True, "True"),
+        (lambda kernel: 1j, "1j"),
         (lambda kernel: None, "None"),
         (lambda kernel: "large", "'large'"),
     ],
@@ -186,7 +188,7 @@ def test_a_result_that_is_no_scalar_is_refused(result, found):
     def own(kernel, convolution):
         return result(kernel)
 
-    with pytest.raises(ValueError, match=f"function own must return a scalar. Received: {found}"):
+    with pytest.raises(ValueError, match=f"function own must return a real scalar. Received: {found}"):
         FunctionRegularizer(own, 8)(KERNEL)
 
 

@@ -5,9 +5,13 @@ import pytest
 from oracles import dense_penalty, naive_matrix
 
 from tf_frobreg import (
+    FrobeniusRegularizer,
+    ReshapedRegularizer,
+    SpectralRegularizer,
     frobenius_gradient,
     frobenius_penalty,
     penalty_excess,
+    regularize_kernel,
     reshaped_penalty,
     spectral_penalty,
 )
@@ -94,3 +98,21 @@ def test_an_alpha_beyond_the_dtype_is_refused_by_other_penalties():
             ValueError, match="alpha must be at most 3.4e.38 for a kernel of float32. Received"
         ):
             call()
+
+
+def test_an_alpha_beyond_the_dtype_is_refused_by_regularizers_and_descents():
+    own = kernel((3, 3, 2, 2), "float32")
+    calls = [lambda: regularize_kernel(own, 4, alpha=1e39), lambda: ReshapedRegularizer(alpha=1e39)(own)]
+    calls += [
+        lambda kind=kind: kind(4, alpha=1e39)(own) for kind in (FrobeniusRegularizer, SpectralRegularizer)
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="alpha must be at most 3.4e.38 for a kernel of float32. Receiv"):
+            call()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("dtype", "alpha"), [("float32", 3e38), ("float64", 1e308)])
+def test_an_alpha_near_the_largest_number_gives_infinity_without_warnings(dtype, alpha):
+    for shape in ((3, 3, 2, 2), (3, 3, 1, 1)):
+        assert float(FrobeniusRegularizer(4, alpha=alpha)(kernel(shape, dtype))) == np.inf

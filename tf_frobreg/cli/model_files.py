@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tf_frobreg.checks import free_memory
 from tf_frobreg.cli.files import BadInput
 from tf_frobreg.cli.hdf5 import check_hdf5, read_all
 from tf_frobreg.text import one_line
@@ -58,7 +59,7 @@ def load_model_and_weights(model_path: str, weights_path: str) -> Any:
     """Returns the Keras model in one file (--model) with the weights in another (FILE)."""
     model = load_model(model_path, "--model")
     try:
-        check_hdf5(weights_path)
+        check_hdf5(weights_path, free_memory())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says the same
             model.load_weights(weights_path)
@@ -99,12 +100,12 @@ def _read_configuration(path: str) -> str:
     if path.endswith(".keras"):
         if not zipfile.is_zipfile(path):
             raise ValueError("it is damaged, or not a .keras file, which is a zip archive")
-        check_hdf5(path)
+        check_hdf5(path, free_memory())
         with zipfile.ZipFile(path) as archive:
             if archive.getinfo("config.json").file_size > LARGEST_CONFIGURATION:
                 raise ValueError("its config.json is too large")
             return archive.read("config.json").decode("utf-8")
-    check_hdf5(path)
+    check_hdf5(path, free_memory())
     import h5py
 
     with h5py.File(path) as file:

@@ -98,7 +98,7 @@ class Convolution:
         rank = len(shape) - 2
         if rank == 0 and kind != "conv":
             raise ValueError(f"kind={kind!r} needs a spatial axis. Received: kernel.shape={shape}")
-        values = {"kernel_shape": shape, "input_size": _check_size("input_size", input_size), **geometry}
+        values = {"kernel_shape": shape, "input_size": check_size("input_size", input_size), **geometry}
         for name in ("input_size", "strides", "dilation_rate"):
             values[name] = _per_axis(name, values[name], rank)
         for name, value in values.items():
@@ -262,8 +262,8 @@ def check_geometry(geometry: Geometry) -> dict[str, Any]:
     padding = geometry.get("padding", "same")
     padding = check_choice("padding", padding.lower() if isinstance(padding, str) else padding, PADDINGS)
     kind = check_choice("kind", geometry.get("kind", "conv"), KINDS)
-    strides = _check_size("strides", geometry.get("strides", 1))
-    dilation_rate = _check_size("dilation_rate", geometry.get("dilation_rate", 1))
+    strides = check_size("strides", geometry.get("strides", 1))
+    dilation_rate = check_size("dilation_rate", geometry.get("dilation_rate", 1))
     groups = check_integer("groups", geometry.get("groups", 1))
     if np.max(strides, initial=1) > 1 and np.max(dilation_rate, initial=1) > 1:
         raise ValueError(
@@ -290,7 +290,7 @@ def check_layer_geometry(
         ValueError: If an argument is invalid for every kernel. The message names the argument.
     """
     checked = check_geometry(geometry)
-    size = _check_size("input_size", input_size)
+    size = check_size("input_size", input_size)
     per_axis = {"input_size": size} | {name: checked[name] for name in ("strides", "dilation_rate")}
     sequences = [(name, value) for name, value in per_axis.items() if isinstance(value, tuple)]
     for name, value in sequences:
@@ -344,8 +344,8 @@ def _check_shape(kernel_shape: Any) -> tuple[int, ...]:
     return known
 
 
-def _check_size(name: str, value: Any) -> int | tuple[int, ...]:
-    """Returns an int, or a tuple of ints."""
+def check_size(name: str, value: Any) -> int | tuple[int, ...]:
+    """Returns an int or a tuple of ints, or raises an error that names the argument."""
     sizes = entries_of(value)
     if sizes is None:
         return check_integer(name, value)
@@ -358,7 +358,7 @@ def _check_size(name: str, value: Any) -> int | tuple[int, ...]:
 
 
 def _per_axis(name: str, size: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """Returns one int per spatial axis of a size that `_check_size` has checked."""
+    """Returns one int per spatial axis of a size that `check_size` has checked."""
     if isinstance(size, int):
         if rank == 0 and name == "input_size":
             raise ValueError(f"input_size must be () {NO_SPATIAL_AXIS}. Received: {name}={size}")

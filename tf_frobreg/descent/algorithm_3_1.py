@@ -17,6 +17,7 @@ from tf_frobreg.descent.step_rules import Point, State, StepRule, step_rule
 from tf_frobreg.descent.stopping import ConvergenceCheck
 from tf_frobreg.penalties.attainability import is_out_of_reach
 from tf_frobreg.penalties.frobenius import FrobeniusPenalty
+from tf_frobreg.penalties.units import check_alpha_fits
 
 __all__ = ["DescentResult", "StopReason", "regularize_kernel"]
 
@@ -269,6 +270,7 @@ def regularize_kernel(
         before.kernel if before else kernel, input_size, geometry, convert=as_tensorflow_kernel
     )
     penalty = FrobeniusPenalty(conv, alpha, method)
+    check_alpha_fits(penalty.alpha, kernel)
     escapes = before.escapes if before else ()
     plan = EscapePlan(penalty, tolerance, escapes) if check_flag("escape", escape) else None
     rule = step_rule(penalty, learning_rate, direction, tape=tape, plan=plan)
@@ -285,7 +287,7 @@ def regularize_kernel(
     )
     start = rule.start(kernel, before._state if before else None)
     reason, step, end = _descend(start, rows, penalty.floor, rule, check, stop_reason)
-    if math.isfinite(rows[step].penalty) and math.isnan(rows[step].sigma_max):
+    if math.isnan(rows[step].sigma_max):
         sigma_max, sigma_min = check.final_sigma(end.kernel)
         rows[step] = rows[step]._replace(sigma_max=sigma_max, sigma_min=sigma_min)
     if reason in (StopReason.STALLED, StopReason.MAX_STEPS):
@@ -322,7 +324,10 @@ def _descend(
         verdict = check(step, point.kernel, scalars.excess)
         reason = stop_reason(step, point, penalty, verdict.converged)
         following, rate = rule.next(point, step) if reason is None else (None, math.nan)
-        rows.append(_Row(step, penalty, scalars.gradient_norm, rate, verdict.sigma_max, verdict.sigma_min))
+        norm = scalars.gradient_norm
+        if reason is StopReason.OVERFLOW:  # NaN is a difference of two numbers beyond the dtype
+            penalty, norm = math.inf, math.inf if math.isnan(norm) else norm
+        rows.append(_Row(step, penalty, norm, rate, verdict.sigma_max, verdict.sigma_min))
         if following is None:
             break
         if math.isnan(rate):  # an escape

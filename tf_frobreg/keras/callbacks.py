@@ -15,7 +15,7 @@ from tf_frobreg.backends import to_array
 from tf_frobreg.checks import check_accuracy, check_choice, check_flag, check_integer, check_number, received
 from tf_frobreg.keras.own_penalty import Target, target_of, warn_of_geometry
 from tf_frobreg.keras.select_kernels import Selection, check_selection, select_kernels
-from tf_frobreg.keras.trace import InputSize
+from tf_frobreg.keras.trace import InputSize, check_input_size
 from tf_frobreg.keras.training_backend import gradient_function
 from tf_frobreg.keras.training_clock import TrainingClock
 from tf_frobreg.plotting.trainings import plot_gradient_norms, plot_training
@@ -128,7 +128,7 @@ class SingularValueMonitor(keras.callbacks.Callback):
         self.max_seconds = check_number("max_seconds", max_seconds)
         self.max_iterations = check_integer("max_iterations", max_iterations)
         self.gradient_data = _check_batch(gradient_data)
-        self.input_size = input_size
+        self.input_size = check_input_size(input_size)
         self.per_kernel = check_flag("per_kernel", per_kernel)
         self._watch(None)
 

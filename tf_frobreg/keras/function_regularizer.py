@@ -96,15 +96,17 @@ class FunctionRegularizer(TakesGeometry, WeightedRegularizer):
                 f"{keras.config.backend()}. Received: a tensor of TensorFlow"
             )
         try:
-            value = keras.ops.cast(keras.ops.convert_to_tensor(result), dtype_of(kernel))
+            value = keras.ops.convert_to_tensor(result)
+            dtype = dtype_of(value)
         except (TypeError, ValueError, tf.errors.OpError):
-            value = None
-        if value is None or len(value.shape) != 0:
-            found = reprlib.repr(result) if value is None else f"a tensor of shape {tuple(value.shape)}"
+            value, dtype = None, ""
+        if len(getattr(value, "shape", "?")) != 0 or not dtype.startswith(("float", "bfloat", "int", "uint")):
+            is_tensor = value is not None and keras.ops.is_tensor(result)
+            found = f"a {dtype} tensor of shape {tuple(value.shape)}" if is_tensor else reprlib.repr(result)
             raise ValueError(
-                f"function {function_name(self.function)} must return a scalar. Received: {found}"
+                f"function {function_name(self.function)} must return a real scalar. Received: {found}"
             )
-        return value
+        return keras.ops.cast(value, dtype_of(kernel))
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments as plain values."""

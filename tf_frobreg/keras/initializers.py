@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import keras
 import numpy as np
 
-from tf_frobreg.checks import check_integer, check_number, received
+from tf_frobreg.checks import check_integer, check_number, entries_of, received
 from tf_frobreg.convolution.geometry import Convolution, Geometry, Size
 from tf_frobreg.convolution.isometric_patch import isometric_patch
 from tf_frobreg.descent.algorithm_3_1 import StopReason, regularize_kernel
@@ -98,8 +98,11 @@ class FrobeniusInitializer(TakesGeometry, keras.initializers.Initializer):
             The kernel, a tensor.
 
         Raises:
-            TypeError: If `dtype` is not a float dtype.
+            ValueError: If the shape does not fit the geometry.
+            TypeError: If `shape` is no shape, or `dtype` is not a float dtype.
         """
+        if entries_of(shape) is None:
+            raise TypeError(f"shape must be the shape of a kernel. Received: {received('shape', shape)}")
         conv = self.convolution(shape)
         if not keras.backend.is_float_dtype(dtype or "float32"):
             raise TypeError(f"dtype must be one of floats. Received: {received('dtype', dtype)}")

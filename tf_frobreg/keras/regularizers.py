@@ -15,6 +15,7 @@ from tf_frobreg.penalties.frobenius import METHODS, FrobeniusPenalty
 from tf_frobreg.penalties.penalty_function import Weight, weighted
 from tf_frobreg.penalties.reshaped import evaluate_reshaped
 from tf_frobreg.penalties.two_norm import check_gram, power_iteration, start_vector
+from tf_frobreg.penalties.units import check_alpha_fits
 
 __all__ = ["FrobeniusRegularizer", "ReshapedRegularizer", "SpectralRegularizer"]
 
@@ -96,6 +97,7 @@ class FrobeniusRegularizer(TakesGeometry, WeightedRegularizer):
         conv = self.convolution(kernel.shape)
         if self.reduction == "mean":
             weight = weight.times(1 / conv.shape[1])
+        check_alpha_fits(self.alpha, kernel)
         return FrobeniusPenalty(conv, self.alpha, self.method).weighted(kernel, weight)
 
     def get_config(self) -> dict[str, Any]:
@@ -166,6 +168,7 @@ class SpectralRegularizer(TakesGeometry, WeightedRegularizer):
 
     def evaluate(self, x: Any, kernel: Any, weight: Weight) -> Any:
         """Returns weight·‖MᵀM − αI‖₂."""
+        check_alpha_fits(self.alpha, kernel)
         conv = self.convolution(kernel.shape)
         vector = self._vector(x, dtype_of(kernel), conv)
         return weighted(lambda kernel: self._iterate(kernel, vector, conv), kernel, weight)
@@ -242,6 +245,7 @@ class ReshapedRegularizer(WeightedRegularizer):
 
     def evaluate(self, x: Any, kernel: Any, weight: Weight) -> Any:
         """Returns weight·‖WᵀW − αI‖²_F."""
+        check_alpha_fits(self.alpha, kernel)
         return weighted(lambda kernel: evaluate_reshaped(kernel, self.alpha), kernel, weight)
 
     def get_config(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from tf_frobreg.checks import check_integer, entries_of, received
-from tf_frobreg.convolution.geometry import Size
+from tf_frobreg.convolution.geometry import Size, check_size
 from tf_frobreg.convolution.layer import Shape, image_sizes
 
 InputSize = Size | Mapping[str, Size]  # one size for all inputs, or one per name of an input or a layer
@@ -252,6 +252,21 @@ def _specs(shape: Any, dtype: str) -> Any:
 def is_size(given: Size, size: Sequence[int | None]) -> bool:
     """Returns whether a given size, one int for all axes or one per axis, is this size."""
     return _sizes(given, len(size)) == list(size)
+
+
+def check_input_size(input_size: Any) -> InputSize | None:
+    """Returns a size of input images, a dict of sizes by name or None, or raises an error."""
+    if isinstance(input_size, Mapping):
+        for name, size in input_size.items():
+            if not isinstance(name, str):
+                raise TypeError(
+                    "input_size must have names of inputs or layers as its keys. "
+                    f"Received: {received('input_size', input_size)}"
+                )
+            check_size("input_size", size)
+    elif input_size is not None:
+        check_size("input_size", input_size)
+    return input_size
 
 
 def _sizes(given: Any, rank: int) -> list[int]:

@@ -187,7 +187,7 @@ class ClosedForm:
             left, right = (_take(blocks, ends, ops) for ends in part.pairs.T)
             residual = _class_sums(part, left, right, ops)
             if part.target is not None:
-                target = ops.constant(alpha * part.target[:, None, None], kernel)
+                target = ops.constant(_targets(part, alpha)[:, None, None], kernel)
                 residual = ops.subtract_from_diagonal(residual, target)
             taps.append((left, right))
             residuals.append(residual)
@@ -236,7 +236,7 @@ class ClosedForm:
     def _tables(self, alpha: float) -> tuple[np.ndarray, ...]:
         """Returns the target and the members that `value_and_slope_of_numbers` takes."""
         (part,) = self.parts
-        target = alpha * np.asarray(part.target)
+        target = _targets(part, alpha)
         if len(part.members) > 1:
             return target.reshape(len(part.members[0]), -1, 1), *part.members
         (matrix,) = part.members  # its columns are (p, r, q, s)
@@ -265,6 +265,12 @@ class ClosedForm:
 def _penalty(form: ClosedForm, alpha: float) -> PenaltyFunction:
     """Returns `ClosedForm.value` as a function of the kernel, the same one each time, as its traces need."""
     return PenaltyFunction(lambda kernel: form.value_and_slope(kernel, alpha))
+
+
+def _targets(part: Part, alpha: float) -> np.ndarray:
+    """Returns α times the target of a part that has one. It is infinite for the largest α, as R_α then is."""
+    with np.errstate(over="ignore"):
+        return alpha * np.asarray(part.target)
 
 
 def _count_reached(axes: Sequence[Axis], side: Side) -> int:

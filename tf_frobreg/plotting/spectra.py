@@ -125,7 +125,8 @@ def _check_spectrum(name: str, sigma: Any, alpha: float) -> _Layer:
     if isinstance(sigma, ExtremeSingularValues):
         return _Layer(name, np.array([sigma.sigma_max, sigma.sigma_min_bound]), False, alpha**0.5)
     try:
-        array = np.array([np.nan]) if np.iscomplexobj(sigma) else np.asarray(sigma, dtype=np.float64)
+        array = np.asarray(sigma)
+        array = array.astype(np.float64) if array.dtype.kind in "fiu" else np.array([np.nan])
     except (TypeError, ValueError, OverflowError):
         array = np.array([np.nan])
     array = np.sort(array, axis=None)[::-1]
