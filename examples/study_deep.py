@@ -311,7 +311,7 @@ def main():
     tries, more_seeds = None, (-1,)  # pairs to try (None: all), seeds beside 0
     if options.quick:
         size, depths, first = {"epochs": 1, "images": 500}, {"relu": (5, 10)}, 10
-        tries, more_seeds = 2, ()
+        tries, more_seeds = 1, ()
         methods = [
             "none, He",
             "none, delta-orthogonal",

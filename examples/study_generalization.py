@@ -241,7 +241,7 @@ def main():
     csv_file, figure_file = study_files(options, "study_generalization")
     tasks, seeds, rates, methods = TASKS, range(1, options.seeds + 1), RATES, METHODS
     if options.quick:
-        tasks = {"500 images": TASKS["1,000 images"] | {"images": 500, "epochs": 10}}
+        tasks = {"500 images": TASKS["1,000 images"] | {"images": 500, "epochs": 4}}
         rates, methods = RATES[1:3], {method: factors[-1:] for method, factors in METHODS.items()}
 
     def run(jobs):

@@ -194,9 +194,9 @@ def main():
     """Chooses the learning rate, runs the study, prints the tables and draws the figure."""
     options = study_parser(__doc__).parse_args()
     csv_file, figure_file = study_files(options, "study_lazy")
-    factors, size = FACTORS, {"images": 5000, "epochs": 12}
+    factors, rates, size = FACTORS, SGD_RATES, {"images": 5000, "epochs": 12}
     if options.quick:
-        factors, size = FACTORS[1:2], {"images": 500, "epochs": 7}
+        factors, rates, size = FACTORS[1:2], SGD_RATES[1:2], {"images": 500, "epochs": 7}
 
     def run(jobs):
         return run_all(train, list(jobs), csv_file, options)
@@ -205,7 +205,7 @@ def main():
         setting = {"optimizer": optimizer, "rate": rate, "factor": factor, "every": every, "seed": seed}
         return setting | size
 
-    tried = run(job("SGD", rate) for rate in SGD_RATES)
+    tried = run(job("SGD", rate) for rate in rates)
     optimizers = [("Adam", ADAM_RATE), ("SGD", chosen(tried))]
     rows = run(
         job(*optimizer, *setting, seed)
