@@ -27,7 +27,7 @@ def test_benchmark_prints_its_tables(script):
         "descent.py": ("3×3×6×3", "3×3×64×64"),
         "overhead.py": ("A training step", "First step", "model.fit", "MobileNetV2"),
         "whole_models.py": ("MobileNetV2", "96×96"),
-        "spectrum.py": ("16×16", "regularized", "MB the whole process"),
+        "spectrum.py": ("16×16", "regularized", "large images", "MB the whole process"),
     }
     for title in titles[script]:
         assert title in printed
