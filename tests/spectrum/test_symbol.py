@@ -103,6 +103,7 @@ def test_the_search_may_begin_at_the_wave(case, monkeypatch):
         assert searched.sigma_max <= found.sigma_max + found.sigma_max_error
 
 
+@pytest.mark.slow
 def test_one_channel_of_many_pixels():
     """A search takes minutes, because many σ are close to σmax. This kernel has a known σmax."""
     n = 4096
