@@ -8,11 +8,14 @@ from tf_frobreg.descent.step_rules import paper_schedule
 from tf_frobreg.keras.attach import attach_regularizers, detach_regularizers
 from tf_frobreg.keras.attach_report import AttachReport
 from tf_frobreg.keras.callbacks import SingularValueMonitor
+from tf_frobreg.keras.certificate import certified_radius
 from tf_frobreg.keras.constraints import SingularValueClip
 from tf_frobreg.keras.factor_schedule import FactorSchedule
 from tf_frobreg.keras.function_regularizer import FunctionRegularizer
 from tf_frobreg.keras.initializers import FrobeniusInitializer
 from tf_frobreg.keras.lazy_penalty import LazyPenalty
+from tf_frobreg.keras.lipschitz import lipschitz_bound
+from tf_frobreg.keras.lipschitz_report import LipschitzBound
 from tf_frobreg.keras.regularizers import (
     FrobeniusRegularizer,
     ReshapedRegularizer,
@@ -54,6 +57,7 @@ __all__ = [
     "Geometry",
     "KernelSpectrum",
     "LazyPenalty",
+    "LipschitzBound",
     "ModelDescent",
     "ModelSpectrum",
     "ReshapedRegularizer",
@@ -64,6 +68,7 @@ __all__ = [
     "SumRegularizer",
     "ToeplitzIndices",
     "attach_regularizers",
+    "certified_radius",
     "clip_singular_values",
     "condition_number",
     "detach_regularizers",
@@ -71,6 +76,7 @@ __all__ = [
     "frobenius_gradient",
     "frobenius_penalty",
     "index_set",
+    "lipschitz_bound",
     "model_spectrum",
     "paper_schedule",
     "penalty_excess",

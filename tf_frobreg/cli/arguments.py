@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tf_frobreg.convolution.geometry import Geometry
     from tf_frobreg.keras.trace import InputSize
 
+ACCURACY = 1e-4  # of σmax, if the user gives none
 GEOMETRY = ("strides", "padding", "dilation_rate", "groups", "kind")
 
 
@@ -61,6 +62,7 @@ class SpectrumOptions:
     alpha: float | None
     accuracy: float
     sigma_max_only: bool
+    lipschitz: bool
     geometry: "Geometry"  # only what the user gave
     json: str | None
     csv: str | None
@@ -262,10 +264,15 @@ def _add_spectrum(commands: Any) -> None:
     parser.add_argument(
         "--accuracy",
         type=float,
-        default=1e-4,
+        default=ACCURACY,
         help="relative accuracy of σmax; σmin has the square root of it (default: 1e-4)",
     )
     parser.add_argument("--sigma-max-only", action="store_true", help="leave out σmin, which takes longer")
+    parser.add_argument(
+        "--lipschitz",
+        action="store_true",
+        help="show instead an upper bound of the Lipschitz constant of a model, layer by layer",
+    )
     parser.add_argument("--json", help=".json file for the table, with error estimates")
     parser.add_argument("--csv", help=".csv file for the table, with error estimates")
     parser.add_argument("--plot", help="picture of the singular values (.png, .pdf, .svg)")

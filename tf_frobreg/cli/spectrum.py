@@ -23,6 +23,7 @@ from tf_frobreg.cli.files import (
     write_files,
     written,
 )
+from tf_frobreg.cli.lipschitz import check_lipschitz, show_lipschitz
 from tf_frobreg.cli.model_files import MODELS, load_model, load_model_and_weights, refuse_geometry
 from tf_frobreg.cli.terminal import load_tensorflow, progress_display, show, show_remark
 from tf_frobreg.tables import text_report
@@ -69,6 +70,8 @@ def spectrum(options: SpectrumOptions) -> int:
     files = output_files(outputs, force=options.force, inputs=inputs)
     arrays = read_arrays(options.file) if options.file.endswith(ARRAYS) else None
     load_tensorflow()
+    if options.lipschitz:
+        return show_lipschitz(_model(options), options, files)
     with refusals_as_bad_input():
         contents = _contents_of_model(options) if arrays is None else _contents_of_arrays(arrays, options)
         if not contents.kernels and not contents.untreated:
@@ -112,6 +115,8 @@ def _check(options: SpectrumOptions) -> None:
         raise BadInput(f"--model goes with a .weights.h5 file. Received: {options.file}")
     if options.model and not options.model.endswith((*MODELS, ".json")):
         raise BadInput(f"--model must end in .keras, .h5 or .json. Received: {options.model}")
+    if options.lipschitz:
+        check_lipschitz(options)
     if not options.file.endswith(ARRAYS):
         refuse_geometry(options.geometry, options.file)
     with refusals_as_bad_input():
@@ -120,15 +125,17 @@ def _check(options: SpectrumOptions) -> None:
         check_accuracy(options.accuracy)
 
 
+def _model(options: SpectrumOptions) -> Any:
+    if options.model:
+        return load_model_and_weights(options.model, options.file)
+    return load_model(options.file, "FILE")
+
+
 def _contents_of_model(options: SpectrumOptions) -> _Contents:
     from tf_frobreg.keras.own_penalty import remark_on, target_of
     from tf_frobreg.keras.read_layers import read_kernels
 
-    if options.model:
-        model = load_model_and_weights(options.model, options.file)
-    else:
-        model = load_model(options.file, "FILE")
-    found = read_kernels(model, options.input_size)
+    found = read_kernels(_model(options), options.input_size)
     kernels = [
         _Kernel(
             kernel.name,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from tf_frobreg.checks import check_integer, entries_of, received
+from tf_frobreg.checks import check_integer, entries_of, enumeration, received
 from tf_frobreg.convolution.geometry import Size, check_size
 from tf_frobreg.convolution.layer import Shape, image_sizes
 
@@ -136,6 +136,41 @@ def trace_model(
             f"Received: {received('input_size', input_size)}"
         )
     return Trace(shapes, problem, names, source)
+
+
+def input_specs(model: keras.layers.Layer, input_size: InputSize | None) -> list[keras.KerasTensor]:
+    """Returns the inputs of a built Functional or Sequential model, with every size, in the model's order.
+
+    Args:
+        model: The model.
+        input_size: Size of the input images, if the model leaves it open. A dict gives sizes by the names of
+            inputs.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        ValueError: If a size is missing, or `input_size` does not suit the model.
+    """
+    (call,) = own = _own_call(model)
+    names = call.names
+    if isinstance(input_size, Mapping):
+        for name in input_size:
+            if name not in names:
+                raise ValueError(
+                    f"input_size must have names of inputs, {enumeration(names)}. "
+                    f"Received: {received('input_size', input_size)}"
+                )
+    if input_size is not None:
+        _check_changeable(model, own, input_size)
+        given = input_size if isinstance(input_size, Mapping) else dict.fromkeys(names, input_size)
+        call = call.map(lambda name, tensor: _resized(model, name, tensor, given))
+    if call.is_open:
+        raise ValueError(
+            f"input_size must be given for a model that leaves the size of its inputs open: {names}. "
+            f"Received: {received('input_size', input_size)}"
+        )
+    return call.tensors
 
 
 def _shapes_in(

@@ -17,6 +17,7 @@ from tf_frobreg.convolution.axis import Axis
 from tf_frobreg.convolution.geometry import Convolution
 
 CHUNK = 2**21  # complex entries of the arrays that are computed at once
+FREQUENCIES = 100_000  # of a torus: about 1 s for one channel
 
 
 class Peak(NamedTuple):
@@ -72,6 +73,29 @@ def symbol_peak(kernel: np.ndarray, conv: Convolution, accuracy: float, work: fl
             return Peak(lower, upper, best / symbol.spacing, symbol.channels(best))
         cells = (cells[:, None, :] + parts * half).reshape(-1, len(symbol.degrees))
         half = np.where(symbol.degrees > 0, half / 2, half)
+
+
+def torus_peak(kernel: np.ndarray, conv: Convolution, work: float) -> float | None:
+    """Returns the largest σ of the symbol on a torus of which M is a part, or None if that takes too long.
+
+    If n outputs on an axis read d + 1 steps each, they read n + d steps together. On a torus of this size no
+    tap reaches around, so M is a part of the matrix of the torus. The symbol at the frequencies of the torus
+    has all singular values of that matrix. For "circular" layers it is M itself, if the strides divide the
+    image.
+
+    Args:
+        kernel: The kernel, in float64.
+        conv: The geometry.
+        work: Approximate limit on multiplications.
+    """
+    symbol = _Symbol(kernel, conv)
+    sizes = [_torus_size(axis, int(degree)) for axis, degree in zip(conv.axes, symbol.degrees, strict=True)]
+    half = [range(n // 2 + 1 if place == 0 else n) for place, n in enumerate(sizes)]  # B(−θ) as above
+    count = math.prod(map(len, half))
+    if count > FREQUENCIES or count * symbol.work > work:
+        return None
+    steps = np.array(list(itertools.product(*half)), dtype=np.float64).reshape(count, len(sizes))
+    return float(symbol.norms(steps * (2 * math.pi / np.array(sizes))).max())
 
 
 def wave_vector(kernel: np.ndarray, conv: Convolution, peak: Peak) -> np.ndarray:
@@ -141,6 +165,17 @@ class _Symbol:
         """Returns B of each group, `(frequencies, groups, inputs, outputs)`."""
         phases = np.exp(-1j * (frequencies @ self._places))
         return (phases @ self._taps).reshape(len(frequencies), self._groups, *self._block)
+
+
+def _torus_size(axis: Axis, degree: int) -> int:
+    """Returns how many frequencies one axis of the torus of `torus_peak` has. The symbol has this degree."""
+    if degree == 0:
+        return 1  # the symbol is the same at all frequencies
+    if axis.padding != "circular":  # pixels that a dilated kernel connects are one dilation apart
+        return -(-axis.output_size // axis.dilation) + degree
+    if not _repeats(axis):
+        return axis.input_size
+    return axis.output_size // math.gcd(axis.output_size, axis.dilation)
 
 
 def _repeats(axis: Axis) -> bool:
