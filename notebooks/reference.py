@@ -56,6 +56,10 @@ GROUPS = {
         "The same for every layer of a model. See notebooks 02 and 04.",
         ("attach_regularizers", "detach_regularizers", "regularize_model", "model_spectrum"),
     ),
+    "Certificates": (
+        "What σ bounds: how far an output can move, and how far an input must move to change its class.",
+        ("lipschitz_bound", "certified_radius"),
+    ),
     "Callbacks": (
         "Callbacks for `fit`. See notebook 02.",
         ("SingularValueMonitor", "FactorSchedule", "LazyPenalty"),
@@ -89,6 +93,7 @@ GROUPS = {
             "StopReason",
             "ModelDescent",
             "AttachReport",
+            "LipschitzBound",
         ),
     ),
 }

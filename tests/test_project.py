@@ -21,6 +21,7 @@ NOT_IN_README = {
     "DescentResult",
     "Escape",
     "Geometry",
+    "LipschitzBound",
     "ModelDescent",
     "ModelSpectrum",
 }

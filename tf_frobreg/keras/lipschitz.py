@@ -80,7 +80,10 @@ def lipschitz_bound(model: keras.layers.Layer, input_size: InputSize | None = No
         )
     walk = _Walk()
     inputs = [_Tensor(tuple(spec.shape), 1.0, spec) for spec in input_specs(model, input_size)]
-    outputs = walk.through_model(model, inputs, "")
+    try:
+        outputs = walk.through_model(model, inputs, "")
+    except _Refusal as error:
+        raise ValueError(str(error)) from None
     value = math.hypot(*(tensor.bound for tensor in outputs))
     head = outputs[0].head if len(outputs) == 1 else None
     return LipschitzBound(value, walk.rows, head)
@@ -183,7 +186,7 @@ class _Walk:
 
 
 class _Refusal(ValueError):
-    """Names the layer that cannot be bounded. Inner models do not add their names."""
+    """Names the layer that cannot be bounded. The models around it do not add their names."""
 
 
 def _is_graph(layer: Any) -> bool:

@@ -10,11 +10,13 @@ from tf_frobreg.convolution.geometry import Convolution
 from tf_frobreg.spectrum.all_values import all_singular_values, largest_entry
 from tf_frobreg.spectrum.symbol import symbol_peak, torus_peak
 
-DECOMPOSED = 2048  # rows of the smaller Gram matrix, up to which all singular values are computed: 1 to 3 s
-TORUS_WORK = 1e10  # multiplications for the frequencies of a torus: about 7 s
-SYMBOL_WORK = 3e9  # multiplications for a search over all frequencies
-LARGEST_WORK = 1e11  # multiplications for the coarsest bound by the symbol: about 1.5 min
+# The times are those of two cores.
+DECOMPOSED = 1500  # rows of the smaller Gram matrix, up to which all singular values are computed: 1 to 3 s
+TORUS_WORK = 2e10  # multiplications for the frequencies of a torus: up to 14 s
+SYMBOL_WORK = 2.5e10  # multiplications for a search over all frequencies: up to 18 s
+LARGEST_WORK = 4e11  # multiplications for the coarsest cells, if they are more: up to 5 min
 ACCURACY = 1e-3  # at which a search over all frequencies stops
+DECOMPOSITION = 1e-6  # accuracy of the smallest σ, which is not used: a finer one takes longer
 UNIT = float(np.finfo(np.float64).eps)
 
 
@@ -34,7 +36,7 @@ class UpperBound(NamedTuple):
 def sigma_max_bound(kernel: np.ndarray, conv: Convolution) -> UpperBound:
     """Returns a number that σmax of M does not exceed, by the closest method that is quick enough.
 
-    - If the smaller Gram matrix has up to 2048 rows, all singular values are computed.
+    - If the smaller Gram matrix has up to 1500 rows, all singular values are computed.
     - Otherwise M is a part of the matrix of a layer on a torus that is a little larger than the image. A
       part of a matrix has no larger norm. The symbol at the frequencies of the torus gives its σmax.
     - If there are too many of these, the peak of the symbol over all frequencies is bounded cell by cell.
@@ -72,7 +74,7 @@ def _scaled_bound(kernel: np.ndarray, conv: Convolution) -> UpperBound:
         return UpperBound(spectral_norm_of(kernel), "decomposition")
     rows = min(conv.shape) // groups
     if rows <= DECOMPOSED and groups * rows**3 <= DECOMPOSED**3:
-        return UpperBound(float(all_singular_values(kernel, conv, 1e-8)[0]), "decomposition")
+        return UpperBound(float(all_singular_values(kernel, conv, DECOMPOSITION)[0]), "decomposition")
     peak = torus_peak(kernel, conv, TORUS_WORK)
     if peak is not None:
         return UpperBound(peak, "torus")
