@@ -262,6 +262,20 @@ def test_max_pooling_counts_the_windows_of_an_input(pool, strides, windows):
     assert np.linalg.norm(model(peak)) == pytest.approx(windows)
 
 
+@pytest.mark.parametrize("merge", [L.Concatenate, L.Maximum, L.Minimum])
+def test_merges_that_reach_the_root_of_the_sum_of_squares(merge):
+    image = keras.Input((1,))
+    branches = [L.Dense(2, name="left"), L.Dense(2, name="right")]
+    model = keras.Model(image, merge()([branch(image) for branch in branches]))
+    other = 10.0 if merge is L.Minimum else -10.0
+    for place, branch in enumerate(branches):  # each branch decides one entry of the maximum
+        branch.kernel.assign(np.eye(2)[[place]])
+        branch.bias.assign(np.where(np.arange(2) == place, 0.0, other))
+    bound = float(lipschitz_bound(model))
+    assert bound == pytest.approx(math.sqrt(2), rel=EXACT)
+    assert jacobian_norm(model, points(model, 1)[0]) == pytest.approx(bound)
+
+
 ORTHOGONAL = {
     "dense": lambda: sequential((8,), *(L.Dense(8, kernel_initializer="orthogonal") for _ in range(4))),
     "conv": lambda: sequential(
