@@ -40,7 +40,8 @@ def certified_radius(
 
     The radius holds for the model in exact arithmetic. The margins come from logits in the model's floating
     point type. An allowance of 32·2^−23 of the largest logit, 4e-6 of it, is subtracted from each margin in
-    float32. A deep network can round more. Radii near 0 are not reliable.
+    float32. It is not a bound: a ResNet-18 and 80 plain convolutions rounded logits by up to 1.2e-6 of the
+    largest one. Radii near 0 are not reliable.
 
     Args:
         model: A built Sequential or Functional classifier whose output are logits, `(batch, classes)`.
