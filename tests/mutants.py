@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "convolution/geometry.py": "tests/convolution tests/penalties/test_frobenius.py",
     "penalties/closed_form.py": "tests/penalties/test_closed_form.py tests/penalties/test_frobenius.py "
-    "tests/penalties/test_penalty_function.py tests/penalties/test_extreme_scales.py",
+    "tests/penalties/test_penalty_function.py tests/penalties/test_extreme_scales.py "
+    "tests/penalties/test_deviation_bound.py",
     "penalties/frobenius.py": "tests/penalties/test_frobenius.py tests/penalties/test_extreme_scales.py",
     "descent/step_rules.py": "tests/descent",
     "descent/stopping.py": "tests/descent",

@@ -8,9 +8,11 @@ from geometries import CIRCULAR_CASES, KERAS_CASES, Case, label
 from oracles import dense_penalty, matrix_function
 
 from tf_frobreg import (
+    certified_radius,
     clip_singular_values,
     frobenius_gradient,
     frobenius_penalty,
+    lipschitz_bound,
     penalty_excess,
     penalty_floor,
     regularize_kernel,
@@ -187,3 +189,22 @@ def test_the_explicit_matrix_is_one_of_tensorflow():
         for function in (frobenius_penalty, frobenius_gradient):
             with pytest.raises(ValueError, match='^method="sparse" needs TensorFlow as the backend of Keras'):
                 function(kernel, (5, 6), method="sparse")
+
+
+def test_a_certificate_of_a_network_with_a_known_constant():
+    """The layers stretch by 1, 2, 1/4 and 1, for every input."""
+    model = keras.Sequential(
+        [
+            keras.Input((4, 4, 3)),
+            keras.layers.Conv2D(3, 1, activation="relu", kernel_initializer="orthogonal"),
+            keras.layers.Rescaling(2.0),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3, kernel_initializer="orthogonal"),
+        ]
+    )
+    bound = lipschitz_bound(model)
+    assert float(bound) == pytest.approx(0.5, rel=1e-5)
+    x = np.random.RandomState(0).rand(5, 4, 4, 3).astype("float32")
+    logits = np.sort(model.predict(x, verbose=0), axis=1)
+    expected = (logits[:, -1] - logits[:, -2]) / (0.5 * np.sqrt(2))
+    np.testing.assert_allclose(certified_radius(model, x, bound), expected, rtol=1e-3)

@@ -20,6 +20,7 @@ from tf_frobreg.cli.files import (
     check_ending,
     output_files,
     read_arrays,
+    reason_of,
     refusals_as_bad_input,
     write_files,
 )
@@ -358,3 +359,11 @@ def test_long_and_odd_names_of_files_are_shortened(run):
     status, printed = run("spectrum", "a.npy", "--padding", "y" * 5000)
     assert status == 2
     assert len(printed.err) < 1200
+
+
+def test_the_reason_of_an_error_is_short():
+    text = "Unable to open file (file = 'm.h5', errno = 21, error message = 'Is a directory', flags = 0)"
+    assert reason_of(OSError(text)) == "Is a directory"
+    assert reason_of(OSError(28, "No space left on device", "m.h5")) == "No space left on device"
+    assert reason_of(OSError("it is\ndamaged")) == "it is damaged"
+    assert reason_of(OSError()) == "OSError"

@@ -8,9 +8,10 @@ import pytest
 import tensorflow as tf
 from geometries import CIRCULAR_CASES, KERAS_CASES, Case, cases, label
 from hypothesis import given, settings
-from oracles import dense_penalty, impulse_matrix, naive_matrix
+from oracles import dense_penalty, impulse_matrix, naive_matrix, true_matrix
 
 from tf_frobreg import (
+    Convolution,
     FrobeniusRegularizer,
     frobenius_gradient,
     frobenius_penalty,
@@ -18,6 +19,7 @@ from tf_frobreg import (
     penalty_floor,
     singular_values,
 )
+from tf_frobreg.penalties.frobenius import FrobeniusPenalty
 
 ALPHA = 1.7
 METHODS = ["closed_form", "sparse"]
@@ -351,3 +353,21 @@ def test_sizes_may_be_any_kind_of_integers():
     expected = frobenius_penalty(kernel, (7, 6)).numpy()
     for size in ([7, 6], np.array([7, 6]), tf.TensorShape([7, 6]), tf.constant([7, 6])):
         assert frobenius_penalty(kernel, size).numpy() == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_excess_is_the_sum_over_the_singular_values_that_can_be_positive(method):
+    case = Case((3, 3, 3, 1), (4, 5))
+    kernel = tf.constant(case.kernel())
+    sigma = np.linalg.svd(true_matrix(case, case.kernel()), compute_uv=False)
+    penalty = FrobeniusPenalty(Convolution.of(case.kernel_shape, case.image, {}), ALPHA, method)
+    assert penalty.floor == pytest.approx(40 * ALPHA**2)
+    assert float(penalty.excess(kernel)) == pytest.approx(np.sum((sigma**2 - ALPHA) ** 2), rel=1e-9)
+
+
+def test_the_excess_of_the_closed_form_loses_no_digits_to_the_floor():
+    kernel = np.zeros((3, 3, 3, 1), "float32")
+    kernel[1, 1, 0] = 1 + 1e-3
+    expected = 400 * (np.float64(kernel[1, 1, 0, 0]) ** 2 - 1) ** 2
+    assert float(penalty_excess(kernel, 20)) == pytest.approx(expected, rel=1e-3)
+    assert float(penalty_excess(kernel * np.float32(0.999), 20)) < 1e-5 * expected
