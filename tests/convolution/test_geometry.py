@@ -49,6 +49,10 @@ def test_from_groups_inverts_by_group(case):
         ({"input_size": (8, 8, 8)}, "input_size must be an int or 2 ints"),
         ({"input_size": (8, 9, 2)}, r"Received: input_size=\(8, 9, 2\) .write \(8, 9\), without channels.$"),
         ({"kernel_shape": (3, 2, 4), "input_size": (8, 2)}, r"write \(8,\), without channels"),
+        (
+            {"kernel_shape": (3, 2, 4), "input_size": (5, 8, 2)},
+            r"write \(8,\), without batch and channels",
+        ),
         ({"input_size": (5, 8, 9, 2)}, r"2\) \(write \(8, 9\), without batch and channels\)$"),
         (
             {"input_size": (None, 28, 28, 1)},

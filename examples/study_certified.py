@@ -1,0 +1,295 @@
+"""Studies what σ near 1 is good for: certificates against perturbations, and what they cost.
+
+    pip install ".[benchmark]" && python examples/study_certified.py --output-dir examples/results
+
+The runs take about three hours on two cores; with --quick a minute. A study that was stopped continues. The
+script prints tables and writes study_certified.csv and study_certified.png.
+
+The network has three 3×3 convolutions (16, 32 and 64 filters, strides 1, 2 and 2, border "same", ReLU) and a
+Dense head. It is trained on 20,000 images of Fashion-MNIST. Every kernel is penalised. The loss is the
+cross-entropy of scale·logits: a network that does not stretch has small logits, and cross-entropy cannot be
+confident with them.
+
+An image is certified at ε if it is classified rightly and its `certified_radius` is above ε: no perturbation
+of L2 norm ε changes its class (pixels from 0 to 1). Projected gradient descent (PGD, Madry et al., 2018)
+attacks the first 500 images at the same ε. Its accuracy is an upper bound of what can be certified.
+
+Every method has 20 settings: four scales and five strengths. For a penalty the strength is its factor, for
+"clip" the largest σ. "none" and "Algorithm 3.1" have no strength. deel-lip's layers and losses need Keras 2,
+see train_deel_lip.py. Seed 0 tries all settings on validation images. Of each method, the settings with the
+highest accuracy and with the most certified images at an ε are trained with the other seeds.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from runs import run_all, study_files, study_parser, values
+from study_generalization import training_data
+
+from tf_frobreg import (
+    SingularValueClip,
+    attach_regularizers,
+    certified_radius,
+    lipschitz_bound,
+    model_spectrum,
+    regularize_model,
+)
+
+LAYERS = ((16, 1), (32, 2), (64, 2))  # filters and stride of the convolutions
+RADII = (0.1, 0.25, 0.5, 1.0)
+SCALES = (1.0, 3.0, 10.0, 30.0)
+DECADES = (0.01, 0.1, 1.0, 10.0, 100.0)
+DEEL = "deel-lip"
+# method: its strengths
+METHODS = {
+    "none": (0.0,),
+    "Frobenius": DECADES,
+    "circular": DECADES,
+    "reshaped": DECADES,
+    "2-norm": DECADES,
+    "L2": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1),
+    "clip": (0.7, 1.0, 1.4, 2.0, 2.8),
+    "Algorithm 3.1": (0.0,),
+    DEEL: (0.0, 1.0, 10.0, 50.0, 250.0),
+}
+RATE, BATCH = 3e-3, 128
+ATTACKED, STEPS = 500, 20
+
+
+def build(method, strength, activation="relu"):
+    """Returns the network with the method's penalty, constraint or start."""
+    clip = functools.partial(SingularValueClip, high=strength) if method == "clip" else None
+    model = keras.Sequential([keras.Input((28, 28, 1))])
+    size = 28
+    for filters, stride in LAYERS:
+        constraint = clip and clip(size)
+        layer = keras.layers.Conv2D(
+            filters, 3, stride, padding="same", activation=activation, kernel_constraint=constraint
+        )
+        model.add(layer)
+        size = -(-size // stride)
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(10, kernel_constraint=clip and clip(())))
+    if method in ("Frobenius", "circular"):
+        padding = "circular" if method == "circular" else None
+        attach_regularizers(model, strength, padding=padding)
+    elif method in ("reshaped", "2-norm"):
+        attach_regularizers(model, strength, penalty={"2-norm": "spectral"}.get(method, method))
+    elif method == "L2":
+        for layer in model.layers:
+            if hasattr(layer, "kernel"):
+                layer.kernel_regularizer = keras.regularizers.L2(strength)
+    elif method == "Algorithm 3.1":
+        regularize_model(model)
+    return model
+
+
+def fit(model, x, y, scale, epochs):
+    """Trains with Adam and a learning rate that falls to 0, on the cross-entropy of scale·logits."""
+    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    rate = keras.optimizers.schedules.CosineDecay(RATE, epochs * -(-len(x) // BATCH))
+    model.compile(keras.optimizers.Adam(rate), lambda labels, logits: entropy(labels, scale * logits))
+    model.fit(x, y, epochs=epochs, batch_size=BATCH, verbose=0)
+
+
+def train_deel_lip(model, x, y, strength, scale, epochs, seed):
+    """Trains deel-lip's layers in a process of its own, and gives the model their weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "images.npz"), Path(folder, "weights.npz")
+        np.savez(source, x=x, y=y)
+        words = [target, strength, scale, epochs, seed]
+        command = [sys.executable, Path(__file__).with_name("train_deel_lip.py"), source, *map(str, words)]
+        subprocess.run(
+            command, check=True, env=os.environ | {"TF_USE_LEGACY_KERAS": "1"}, stderr=subprocess.DEVNULL
+        )
+        with np.load(target) as found:
+            weights, logits = [found[name] for name in found.files if name != "logits"], found["logits"]
+    model.set_weights(weights)
+    for layer in model.layers[: len(LAYERS)]:
+        layer.activation = group_sort
+    np.testing.assert_allclose(model.predict(x[: len(logits)], verbose=0), logits, atol=1e-3)
+
+
+def group_sort(x):
+    """Sorts each pair of neighbouring channels. It only exchanges entries, so it does not stretch."""
+    pairs = keras.ops.reshape(x, (-1, x.shape[-1] // 2, 2))
+    return keras.ops.reshape(keras.ops.sort(pairs, axis=-1), (-1, *x.shape[1:]))
+
+
+def attacker(model, scale):
+    """Returns a function of images, labels and a radius: the images after PGD within that L2 ball."""
+    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def norms(images):
+        return tf.maximum(tf.sqrt(tf.reduce_sum(images**2, axis=(1, 2, 3), keepdims=True)), 1e-12)
+
+    @tf.function
+    def step(images, moved, labels, radius):
+        with tf.GradientTape() as tape:
+            tape.watch(moved)
+            loss = entropy(labels, scale * model(moved))
+        slope = tape.gradient(loss, moved)
+        away = moved + 2.5 * radius / STEPS * slope / norms(slope) - images
+        return tf.clip_by_value(images + away * tf.minimum(radius / norms(away), 1.0), 0.0, 1.0)
+
+    def attack(x, y, radius):
+        images, labels, radius = tf.constant(x), tf.constant(y), tf.constant(radius)
+        noise = tf.random.stateless_normal(x.shape, (0, 0))
+        moved = images + radius * noise / norms(noise)
+        for _ in range(STEPS):
+            moved = step(images, moved, labels, radius)
+        return moved.numpy()
+
+    return attack
+
+
+def train(data_dir, method, strength, scale, seed, images, epochs):
+    """Trains one network and measures it. Seed 0 is for choosing settings, on validation images."""
+    began = time.perf_counter()
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    (x, y), (x_measured, y_measured) = training_data(data_dir, images, seed)
+    model = build(method, strength)
+    if method == DEEL:
+        train_deel_lip(model, x, y, strength, scale, epochs, seed)
+        linear = build("none", 0.0, "linear")  # GroupSort does not stretch, as little as no activation
+        linear.set_weights(model.get_weights())
+        bound = lipschitz_bound(linear)
+    else:
+        fit(model, x, y, scale, epochs)
+        bound = lipschitz_bound(model)
+    right = model.predict(x_measured, batch_size=500, verbose=0).argmax(1) == y_measured
+    found = {"accuracy": float(right.mean()), "bound": float(bound)}
+    radii = certified_radius(model, x_measured, bound)
+    part = x_measured[:ATTACKED], y_measured[:ATTACKED]
+    attack = attacker(model, scale)
+    for radius in RADII:
+        certified = right & (radii > radius)
+        moved = attack(*part, radius)
+        withstood = right[:ATTACKED] & (model.predict(moved, batch_size=500, verbose=0).argmax(1) == part[1])
+        if (certified[:ATTACKED] & ~withstood).any():
+            raise RuntimeError(
+                f"an attack of {radius} changed a certified class: {method}, {strength}, {scale}"
+            )
+        found |= {
+            f"certified_{radius}": float(certified.mean()),
+            f"attacked_{radius}": float(withstood.mean()),
+        }
+    for number, row in enumerate(model_spectrum(model, sigma_min=False), 1):
+        found[f"sigma_max_{number}"] = row.extremes.sigma_max
+    for number, layer in enumerate(model.layers[: len(LAYERS)], 1):
+        energy = np.square(layer.kernel.numpy()).sum((2, 3))
+        found[f"centre_{number}"] = float(energy[1, 1] / energy.sum())
+    return found | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def settings_of(rows, method):
+    """Returns the (strength, scale) of a method, from its rows."""
+    return sorted({(float(r["strength"]), float(r["scale"])) for r in rows if r["method"] == method})
+
+
+def best(tried, method):
+    """Returns the settings of a method with the highest accuracy, and with the most certified at each ε."""
+    columns = ["accuracy", *(f"certified_{radius}" for radius in RADII)]
+    own = [row for row in tried if row["method"] == method]
+    chosen = [max(own, key=lambda row, one=column: float(row[one])) for column in columns]
+    return sorted({(float(row["strength"]), float(row["scale"])) for row in chosen})
+
+
+def table(rows, methods):
+    """Returns a table of the chosen settings: means and standard deviations over the seeds, in %."""
+    found = Table(title="Test images: mean ± standard deviation over the seeds, in %")
+    for name in ("method", "strength", "scale", "accuracy", "Lipschitz bound", "centre taps"):
+        found.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for radius in RADII:
+        found.add_column(f"certified, PGD\nat {radius}", justify="right", no_wrap=True)
+    for method in methods:
+        for strength, scale in settings_of(rows, method):
+            own = functools.partial(values, rows, method=method, strength=strength, scale=scale)
+            centre = np.mean([own(f"centre_{number}") for number in range(1, 1 + len(LAYERS))])
+            cells = []
+            for radius in RADII:
+                certified, attacked = (100 * own(f"{kind}_{radius}") for kind in ("certified", "attacked"))
+                cells.append(f"{certified.mean():.1f} ± {certified.std():.1f}, {attacked.mean():.0f}")
+            found.add_row(
+                method,
+                f"{strength:g}",
+                f"{scale:g}",
+                f"{100 * own('accuracy').mean():.1f} ± {100 * own('accuracy').std():.1f}",
+                f"{own('bound').mean():.3g} ± {own('bound').std():.2g}",
+                f"{100 * centre:.0f}",
+                *cells,
+            )
+        found.add_section()
+    return found
+
+
+def draw(rows, methods):
+    """Draws certified accuracy against accuracy, a panel for each ε and a line for each method."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    for axes, radius in zip(figure.subplots(1, len(RADII)), RADII, strict=True):
+        for number, method in enumerate(methods):
+            points = []
+            for strength, scale in settings_of(rows, method):
+                own = functools.partial(values, rows, method=method, strength=strength, scale=scale)
+                cells = 100 * own("accuracy"), 100 * own(f"certified_{radius}")
+                points.append([part for cell in cells for part in (cell.mean(), cell.std())])
+            x, x_spread, y, y_spread = np.array(sorted(points)).T
+            style = {"marker": "o", "markersize": 3.5, "capsize": 2, "linewidth": 1, "color": f"C{number}"}
+            axes.errorbar(x, y, y_spread, x_spread, label=method, **style)
+        axes.set(title=f"ε = {radius}", xlabel="test accuracy, %", ylim=(-3, 100))
+        axes.grid(color="0.92")
+    figure.axes[0].set_ylabel("certified at ε, % of the test images")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(methods))
+    return figure
+
+
+def main():
+    """Chooses the settings, runs the study, prints the table and draws the figure."""
+    options = study_parser(__doc__).parse_args()
+    csv_file, figure_file = study_files(options, "study_certified")
+    methods, scales, size = METHODS, SCALES, {"images": 20_000, "epochs": 6}
+    if options.quick:
+        methods = {
+            method: METHODS[method][-2:-1] or METHODS[method] for method in ("none", "Frobenius", "clip")
+        }
+        scales, size = SCALES[2:3], {"images": 500, "epochs": 1}
+
+    def job(method, strength, scale, seed):
+        return {"method": method, "strength": strength, "scale": scale, "seed": seed} | size
+
+    def run(jobs):
+        return run_all(train, list(jobs), csv_file, options)
+
+    tried = run(
+        job(method, strength, scale, 0)
+        for method, strengths in methods.items()
+        for strength in strengths
+        for scale in scales
+    )
+    rows = run(
+        job(method, *setting, seed)
+        for method in methods
+        for setting in best(tried, method)
+        for seed in range(1, options.seeds + 1)
+    )
+    draw(rows, methods).savefig(figure_file, dpi=110)
+    Console(width=170).print(table(rows, methods), f"Wrote {csv_file} and {figure_file}")
+
+
+if __name__ == "__main__":
+    main()
