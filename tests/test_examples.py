@@ -19,7 +19,15 @@ import pytest
 from tf_frobreg.cli import main
 
 ROOT = Path(__file__).parents[1]
-STUDIES = ["study_deep", "study_generalization", "study_factor", "study_lazy", "study_certified", "landscape"]
+STUDIES = [
+    "study_deep",
+    "study_generalization",
+    "study_factor",
+    "study_lazy",
+    "study_certified",
+    "study_resnet",
+    "landscape",
+]
 RESULTS = ROOT / "examples" / "results"
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 pytestmark = pytest.mark.slow
