@@ -2,7 +2,7 @@
 
     pip install ".[benchmark]" && python examples/study_certified.py --output-dir examples/results
 
-The runs take about three hours on two cores; with --quick a minute. A study that was stopped continues. The
+The runs, up to 373, take hours on two cores; with --quick a minute. A study that was stopped continues. The
 script prints tables and writes study_certified.csv and study_certified.png.
 
 The network has three 3×3 convolutions (16, 32 and 64 filters, strides 1, 2 and 2, border "same", ReLU) and a
@@ -14,7 +14,7 @@ An image is certified at ε if it is classified rightly and its `certified_radiu
 of L2 norm ε changes its class (pixels from 0 to 1). Projected gradient descent (PGD, Madry et al., 2018)
 attacks the first 500 images at the same ε. Its accuracy is an upper bound of what can be certified.
 
-Every method has 20 settings: four scales and five strengths. For a penalty the strength is its factor, for
+A method has up to 20 settings: four scales and five strengths. For a penalty the strength is its factor, for
 "clip" the largest σ. "none" and "Algorithm 3.1" have no strength. deel-lip's layers and losses need Keras 2,
 see train_deel_lip.py. Seed 0 tries all settings on validation images. Of each method, the settings with the
 highest accuracy and with the most certified images at an ε are trained with the other seeds.

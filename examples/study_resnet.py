@@ -2,9 +2,8 @@
 
     python examples/study_resnet.py --output-dir examples/results
 
-The runs take minutes on an accelerator, with JAX or TensorFlow as the backend of Keras, and hours on two
-cores; with --quick two minutes. A study that was stopped continues. The script prints two tables and writes
-study_resnet.csv and study_resnet.png.
+The runs take minutes on an accelerator, see below, and hours on two cores; with --quick a minute. A study
+that was stopped continues. The script prints two tables and writes study_resnet.csv and study_resnet.png.
 
 The network is the ResNet-20 of He et al. (2016) for 32×32 images: a convolution, nine blocks of two 3×3
 convolutions with 16, 32 and 64 filters, and a Dense head. The images are those of Fashion-MNIST with a black

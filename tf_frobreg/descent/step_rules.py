@@ -324,7 +324,7 @@ def quartic_minimizer(c1: float, c2: float, c3: float, c4: float) -> float:
     # parts of other pairs do no harm: the minimum lies lower.
     t = np.roots([4 * c4, 3 * c3, 2 * c2, c1]).real
     values = t * (c1 + t * (c2 + t * (c3 + t * c4)))
-    return float(t[values.argmin()]) if t.size and values.min() < 0 else 0.0
+    return float(t[np.argmin(values)]) if t.size and np.min(values) < 0 else 0.0
 
 
 def paper_schedule(step: int) -> float:

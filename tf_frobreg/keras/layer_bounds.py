@@ -217,7 +217,7 @@ def _per_axis(sizes: Any) -> Sequence[int]:
 
 def _max_pooling(layer: Any, shape: Shape) -> float:
     # A maximum moves by at most the largest movement in its window. Each input is in so many windows.
-    windows = [np.bincount(axis.taps.inputs).max() for axis in _pooling_axes(layer, shape)]
+    windows = [np.max(np.bincount(axis.taps.inputs)) for axis in _pooling_axes(layer, shape)]
     return math.sqrt(math.prod(int(n) for n in windows))
 
 

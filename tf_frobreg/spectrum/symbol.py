@@ -64,7 +64,7 @@ def symbol_peak(kernel: np.ndarray, conv: Convolution, accuracy: float, work: fl
     while True:
         sigma = symbol.norms(cells)
         if sigma.max() > lower:
-            lower, best = float(sigma.max()), cells[sigma.argmax()]
+            lower, best = float(sigma.max()), cells[np.argmax(sigma)]
         bounds = sigma / math.prod(np.cos(symbol.degrees * half / 2))
         upper = max(float(bounds.max()), lower)
         cells = cells[bounds > lower]
