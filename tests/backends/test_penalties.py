@@ -193,6 +193,7 @@ def test_the_explicit_matrix_is_one_of_tensorflow():
 
 def test_a_certificate_of_a_network_with_a_known_constant():
     """The layers stretch by 1, 2, 1/4 and 1, for every input."""
+    keras.utils.set_random_seed(1)
     model = keras.Sequential(
         [
             keras.Input((4, 4, 3)),
@@ -207,4 +208,7 @@ def test_a_certificate_of_a_network_with_a_known_constant():
     x = np.random.RandomState(0).rand(5, 4, 4, 3).astype("float32")
     logits = np.sort(model.predict(x, verbose=0), axis=1)
     expected = (logits[:, -1] - logits[:, -2]) / (0.5 * np.sqrt(2))
-    np.testing.assert_allclose(certified_radius(model, x, bound), expected, rtol=1e-3)
+    found = certified_radius(model, x, bound)
+    assert (found <= expected).all()
+    # It allows for rounding: 4e-6 of the largest logit, which is below 1, divided by the constant.
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
