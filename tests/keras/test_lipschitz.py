@@ -549,13 +549,13 @@ def over_the_batch():
 
 
 REFUSED = {
-    "its constants broadcast an example of shape (4, 4, 1) to (1, 4, 4, 3)": lambda: sequential(
+    "its constants broadcast the shape (1, 4, 4, 1) to (1, 4, 4, 3)": lambda: sequential(
         (4, 4, 1), L.Rescaling([1 / 0.229, 1 / 0.224, 1 / 0.225], name="top")
     ),
-    "its constants broadcast an example of shape (1,) to (1, 3)": lambda: sequential(
+    "its constants broadcast the shape (1, 1) to (1, 3)": lambda: sequential(
         (1,), L.Rescaling(1.0, offset=[0.0, 1.0, 2.0], name="top")
     ),
-    "its constants broadcast an example of shape (3,) to (5, 3)": lambda: sequential(
+    "its constants broadcast the shape (1, 3) to (5, 3)": lambda: sequential(
         (3,), L.Rescaling(np.ones((5, 3)), name="top")
     ),
     "could not convert string to float": lambda: sequential((3,), L.Rescaling(1.0, offset="a", name="top")),
@@ -599,6 +599,10 @@ REFUSED = {
     "threshold=0.5 makes it jump, as an operation": lambda: functional(
         (3,), lambda x: keras.activations.relu(x, threshold=0.5)
     ),
+    "it mixes the examples of a batch": lambda: functional((4,), lambda x: keras.ops.reshape(x, (-1, 2))),
+    "it divides by 0": lambda: functional((3,), lambda x: x / np.array([0.0, 1.0, 2.0])),
+    "no bound is known for the operation TrueDivide": lambda: functional((3,), lambda x: 1 / x),
+    "its weights or constants hold NaN": lambda: functional((3,), lambda x: x + np.nan),
     "it is a softmax; a certificate needs logits, as an operation": lambda: functional(
         (3,), keras.ops.softmax
     ),

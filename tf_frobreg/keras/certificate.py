@@ -10,7 +10,7 @@ from tf_frobreg.backends import to_array
 from tf_frobreg.checks import check_integer, check_number, holds_numbers, received
 from tf_frobreg.convolution.layer import Shape
 from tf_frobreg.keras.layer_bounds import WITHOUT_SOFTMAX, is_softmax, keras_class
-from tf_frobreg.keras.lipschitz import KEEPING_LOGITS, lipschitz_bound
+from tf_frobreg.keras.lipschitz import ARITHMETIC, KEEPING_LOGITS, lipschitz_bound
 from tf_frobreg.keras.lipschitz_report import Head, LipschitzBound
 from tf_frobreg.keras.read_layers import flat_layers
 from tf_frobreg.keras.trace import InputSize, input_names, input_specs
@@ -128,7 +128,7 @@ def _check_logits(model: Any) -> None:
     for layer in _from_the_end(model):
         if is_softmax(layer):
             raise ValueError(f"model ends in a softmax, in {layer.name!r}; {WITHOUT_SOFTMAX}")
-        if isinstance(layer, keras.layers.Layer) and keras_class(layer) not in AFTER_SOFTMAX:
+        if keras_class(layer) not in AFTER_SOFTMAX and type(layer).__name__ not in ARITHMETIC:
             break
 
 

@@ -278,7 +278,7 @@ def _check_broadcasting(shape: Shape, *constants: np.ndarray) -> None:
     one = (1, *(int(n) for n in shape[1:] if n is not None))
     found = np.broadcast_shapes(one, *(constant.shape for constant in constants))
     if found != one:
-        raise ValueError(f"its constants broadcast an example of shape {one[1:]} to {found}")
+        raise ValueError(f"its constants broadcast the shape {one} to {found}")
 
 
 def _image(layer: Any, shape: Shape) -> tuple[int, ...]:

@@ -47,8 +47,8 @@ KEEPING_LOGITS = (
 )
 ARITHMETIC = ("Add", "Subtract", "Maximum", "Minimum", "Multiply", "Divide", "TrueDivide")
 BOUNDED_OPERATIONS = (
-    "Bounds exist for +, −, maximum and minimum, for * and / with a constant, for reshape, concatenate and "
-    "activations. A layer of Keras may have one"
+    "Bounds exist for +, −, maximum and minimum, for x * constant and x / constant, for reshape, concatenate "
+    "and most of keras.activations. A layer of Keras may have one"
 )
 
 
@@ -116,7 +116,7 @@ def lipschitz_bound(model: keras.layers.Layer, input_size: InputSize | None = No
         raise ValueError(str(error)) from None
     value = math.hypot(*(tensor.bound for tensor in outputs))
     head = outputs[0].head if len(outputs) == 1 else None
-    return LipschitzBound(value, walk.rows, head, [tensor.shape for tensor in inputs])
+    return LipschitzBound(value, walk.rows, [tensor.shape for tensor in inputs], head)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Walk:
         """Returns the outputs of a Sequential or Functional model."""
         check_unchanged(model)
         # Keras has no public list of the calls in a model.
-        graph = getattr(model, "_functional", model)
+        graph = getattr(model, "_functional", None) or model
         _check_fit(graph, inputs)
         found = {id(symbol): tensor for symbol, tensor in zip(graph.inputs, inputs, strict=True)}
 
@@ -341,7 +341,9 @@ def _bound_operation(
         return _combined(kind, operation, inputs, output)
     if len(inputs) == 1 and not constants:
         (source,) = inputs
-        if kind == "Negative" or (kind == "Reshape" and source.size == output.size):
+        if kind == "Reshape" and source.size != output.size:
+            raise ValueError("it mixes the examples of a batch")
+        if kind in ("Negative", "Reshape"):
             return source.bound
         slope = bound_activation(operation) if kind else None
         if slope is not None:
@@ -351,7 +353,9 @@ def _bound_operation(
         (stretch,) = _stretches(inputs, output)
         if kind == "Multiply":
             return inputs[0].bound * stretch * float(factor.max())
-        if isinstance(args[0], _Tensor) and factor.min() > 0:
+        if isinstance(args[0], _Tensor):
+            if not factor.all():
+                raise ValueError("it divides by 0")
             return inputs[0].bound * stretch / float(factor.min())
     raise ValueError(f"no bound is known for the operation {type(operation).__name__}. {BOUNDED_OPERATIONS}")
 

@@ -53,8 +53,8 @@ class LipschitzBound(Report):
     Attributes:
         value: The bound, in units of σ: output per input.
         layers: One row per call of a layer, in the order of the calls.
-        head: The last `Dense` layer, if the model ends in it. `certified_radius` uses it.
         input_shapes: The shapes of the model's inputs, with the batch. The bound holds for them alone.
+        head: The last `Dense` layer, if the model ends in it. `certified_radius` uses it.
 
     Example:
         >>> import keras
@@ -82,8 +82,8 @@ class LipschitzBound(Report):
 
     value: float
     layers: list[LayerRow]
+    input_shapes: Sequence[tuple[int | None, ...]]
     head: Head | None = None
-    input_shapes: Sequence[tuple[int | None, ...]] = ()
 
     def __float__(self) -> float:
         return self.value
