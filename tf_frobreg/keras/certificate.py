@@ -59,9 +59,9 @@ def certified_radius(
         A float64 array of shape `(batch,)`, in units of the input. 0 if two classes are equally likely.
 
     Raises:
-        ValueError: If the model ends in a softmax, or does not return one matrix of at least two logits. If
-            it cannot be bounded, or a logit is not finite. If x has another shape than the model or the
-            bound, or holds NaN or infinity.
+        ValueError: If the model ends in a softmax, does not return one matrix of at least two logits, or
+            cannot be bounded. The shapes of x must be those of the model and of the bound. The numbers in x
+            and the logits must be finite.
         TypeError: If an argument has the wrong type.
 
     Example:
