@@ -34,7 +34,7 @@ def check_number(name: str, value: Any, *, minimum: float = 0.0, exclusive: bool
     wanted = f"{'above' if exclusive else 'at least'} {minimum:g}"
     # A bool is an int, and float() accepts strings and arrays of them. None of them is meant as a number.
     try:
-        if isinstance(value, (bool, str, bytes)) or not _holds_numbers(value):
+        if isinstance(value, (bool, str, bytes)) or not holds_numbers(value):
             raise TypeError
         number = float(value)
     except OverflowError:  # an int that is too large for a float
@@ -125,7 +125,7 @@ def check_memory(needed: int, what: str, instead: str) -> None:
         raise ValueError(f"{what}: this needs {needed:,} bytes, but {free:,} are free. Use {instead}.")
 
 
-def _holds_numbers(value: Any) -> bool:
+def holds_numbers(value: Any) -> bool:
     """Returns whether an array or tensor is of a real number type. Anything else without a dtype may be."""
     dtype = getattr(value, "dtype", None)
     name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")

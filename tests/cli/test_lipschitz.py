@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 
 import keras
 import pytest
@@ -24,6 +25,12 @@ def folder(tmp_path_factory):
         path / "softmax.keras"
     )
     keras.Sequential([keras.Input((None, None, 1)), L.Conv2D(1, 3)]).save(path / "open.keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras warns of a model that is not built
+        keras.Sequential([L.Dense(2)]).save(path / "unbuilt.keras")
+    keras.Sequential([keras.Input((0, 4, 1)), L.GlobalAveragePooling2D(name="mean")]).save(
+        path / "empty.keras"
+    )
     return path
 
 
@@ -68,6 +75,12 @@ def test_a_size_for_an_open_model(folder, run):
         ("model.keras", ["--strides", 2], "--strides cannot be given"),
         ("softmax.keras", [], "layer 'top' (Dense) cannot be bounded: its activation is softmax"),
         ("open.keras", [], "--input-size must be given"),
+        ("unbuilt.keras", [], "FILE must hold a model that was built before it was saved"),
+        (
+            "empty.keras",
+            [],
+            "(Sequential) cannot be bounded: its input has no entries",
+        ),
     ],
 )
 def test_refusals(file, options, message, folder, run):

@@ -108,11 +108,98 @@ def test_a_tie_has_the_radius_0_and_a_constant_difference_none():
     np.testing.assert_array_equal(certified_radius(same, np.array([[1.0, 1.0]])), [np.inf])
 
 
-def test_an_open_size_and_no_images():
-    model = classifier(L.Conv2D(3, 3), L.GlobalAveragePooling2D(), L.Dense(2), shape=(None, None, 1))
-    assert certified_radius(model, images(3), input_size=6).shape == (3,)
-    with pytest.raises(ValueError, match="input_size must be given"):
-        certified_radius(model, images(3))
+def of_open_size():
+    return classifier(L.Conv2D(3, 3), L.GlobalAveragePooling2D(), L.Dense(2), shape=(None, None, 1))
+
+
+def test_an_open_size_is_that_of_the_images():
+    model = of_open_size()
+    radii = certified_radius(model, images(3), input_size=6)
+    assert radii.shape == (3,)
+    np.testing.assert_array_equal(certified_radius(model, images(3)), radii)
+    np.testing.assert_array_equal(certified_radius(model, tf.constant(images(3))), radii)
+    data = tf.data.Dataset.from_tensor_slices(images(3)).batch(2)
+    np.testing.assert_allclose(certified_radius(model, data), radii)
+    np.testing.assert_allclose(certified_radius(model, data, input_size=6), radii)
+
+
+def test_another_size_than_that_of_the_images_is_refused():
+    model = of_open_size()
+    bound = lipschitz_bound(model, 12)
+    for x in (images(3), tf.data.Dataset.from_tensor_slices(images(3)).batch(2)):
+        with pytest.raises(ValueError, match=r"bound must be for the size of x.* \(None, 12, 12, 1\)"):
+            certified_radius(model, x, bound)
+        for given in (None, bound, 1.0):
+            with pytest.raises(ValueError, match="input_size must be the size of x.* input_size=12"):
+                certified_radius(model, x, given, input_size=12)
+    with pytest.raises(ValueError, match="bound must be for the size of x"):
+        certified_radius(cnn(), images(3), bound)
+    unknown = tf.data.Dataset.from_generator(
+        lambda: iter([images(3)]), output_signature=tf.TensorSpec((None, None, None, 1))
+    )
+    with pytest.raises(ValueError, match="bound must be for the size of x"):
+        certified_radius(model, unknown, lipschitz_bound(model, 6))
+
+
+def test_several_inputs():
+    left, right = keras.Input((4,), name="left"), keras.Input((3,), name="right")
+    model = keras.Model([left, right], L.Dense(3)(L.Concatenate()([left, right])))
+    x = [images(5, (4,)), images(5, (3,))]
+    radii = certified_radius(model, x)
+    np.testing.assert_array_equal(certified_radius(model, {"right": x[1], "left": x[0]}), radii)
+    with pytest.raises(ValueError, match=r"x must be a batch of shape \(None, 4\) and \(None, 3\)"):
+        certified_radius(model, x[::-1])
+
+
+def test_logits_in_a_dict():
+    image = keras.Input((4,))
+    logits = L.Dense(3)(image)
+    x = images(5, (4,))
+    expected = certified_radius(keras.Model(image, logits), x)
+    np.testing.assert_array_equal(certified_radius(keras.Model(image, {"a": logits}), x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*ran out of data")
+def test_no_images():
+    model = cnn()
+    radii = certified_radius(model, images(3)[:0])
+    assert (radii.shape, radii.dtype) == ((0,), np.float64)
+    with pytest.raises(ValueError, match="x must hold at least one batch"):
+        certified_radius(model, tf.data.Dataset.from_tensor_slices(images(3)).batch(2).take(0))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (
+            images(1)[0],
+            ValueError,
+            r"x must be a batch of shape \(None, 6, 6, 1\). Received: shape \(6, 6, 1\)",
+        ),
+        (images(2, (5, 6, 1)), ValueError, r"Received: shape \(2, 5, 6, 1\)"),
+        (None, TypeError, r"x must be a batch of shape \(None, 6, 6, 1\). Received: x=None"),
+        (images(2).tolist(), TypeError, "x must be a batch of shape"),
+        ({"image": images(2)}, TypeError, "x must be a batch of shape"),
+        (images(2) * 1j, TypeError, "x must hold real numbers. Received: complex64"),
+        (np.full((2, 6, 6, 1), np.nan), ValueError, "x must be finite in float32"),
+        (np.full((2, 6, 6, 1), -np.inf), ValueError, "x must be finite in float32"),
+        (np.full((2, 6, 6, 1), 1e300), ValueError, "x must be finite in float32"),
+    ],
+    ids=["one image", "size", "none", "list", "dict", "complex", "nan", "infinity", "overflow"],
+)
+def test_refused_images(x, error, message):
+    with pytest.raises(error, match=message) as caught:
+        certified_radius(cnn(L.ReLU()), x)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "error"),
+    [(-1, ValueError), (0, ValueError), (1.5, TypeError), ("a", TypeError), (True, TypeError)],
+)
+def test_refused_batch_sizes(batch_size, error):
+    with pytest.raises(error, match="batch_size must be"):
+        certified_radius(cnn(), images(2), batch_size=batch_size)
 
 
 def test_less_precise_numbers_have_a_larger_allowance():
@@ -143,9 +230,25 @@ def test_refused_models(message):
         certified_radius(REFUSED[message](), images(2))
 
 
-def test_a_softmax_is_refused_for_a_given_bound_too():
+def by_operation():
+    image = keras.Input((6, 6, 1))
+    return keras.Model(image, 2.0 * keras.ops.softmax(L.Dense(3)(L.Flatten()(image))))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: classifier(L.Flatten(), L.Dense(3, "softmax")),
+        lambda: classifier(L.Flatten(), L.Dense(3, "softmax"), L.Identity()),
+        lambda: classifier(L.Flatten(), L.Dense(3), L.Softmax(), L.Rescaling(2.0)),
+        lambda: classifier(keras.Sequential([L.Flatten(), L.Dense(3, "softmax")]), L.Dropout(0.5)),
+        by_operation,
+    ],
+    ids=["last", "identity", "scaled", "nested", "operation"],
+)
+def test_a_softmax_is_refused_for_a_given_bound_too(model):
     with pytest.raises(ValueError, match="give the model without its softmax"):
-        certified_radius(classifier(L.Flatten(), L.Dense(3, "softmax")), images(2), 1.0)
+        certified_radius(model(), images(2), 1.0)
 
 
 def test_refused_arguments():
@@ -159,5 +262,6 @@ def test_refused_arguments():
     other = lipschitz_bound(classifier(L.Flatten(), L.Dense(7)))
     with pytest.raises(ValueError, match="bound must belong to the model"):
         certified_radius(model, images(2), other)
+    large = classifier(L.Dense(2, kernel_initializer="ones"), shape=(3,))
     with pytest.raises(ValueError, match="logits of the model must be finite"):
-        certified_radius(classifier(L.Dense(2), shape=(3,)), np.full((1, 3), np.nan))
+        certified_radius(large, np.full((1, 3), 3e38))

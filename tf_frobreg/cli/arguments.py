@@ -273,8 +273,8 @@ def _add_spectrum(commands: Any) -> None:
         action="store_true",
         help="show instead an upper bound of the Lipschitz constant of a model, layer by layer",
     )
-    parser.add_argument("--json", help=".json file for the table, with error estimates")
-    parser.add_argument("--csv", help=".csv file for the table, with error estimates")
+    parser.add_argument("--json", help=".json file for the table, with error estimates unless --lipschitz")
+    parser.add_argument("--csv", help=".csv file for the table, with error estimates unless --lipschitz")
     parser.add_argument("--plot", help="picture of the singular values (.png, .pdf, .svg)")
     parser.add_argument(
         "--plot-kind",

@@ -27,6 +27,8 @@ def check_lipschitz(options: SpectrumOptions) -> None:
 
 def show_lipschitz(model: Any, options: SpectrumOptions, files: dict[str, OutputFile]) -> int:
     """Shows and writes the bound of a model. Returns the exit status."""
+    if model.layers and not model.built:  # nobody can call it here
+        raise BadInput(f"FILE must hold a model that was built before it was saved. Received: {options.file}")
     with refusals_as_bad_input():
         bound = tf_frobreg.lipschitz_bound(model, options.input_size)
     records = bound.records()

@@ -1,5 +1,6 @@
 """How much one Keras layer stretches: an upper bound of its Lipschitz constant in the L2 norm."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,9 @@ from tf_frobreg.spectrum.upper_bound import sigma_max_bound
 DECOMPOSED_PIXELS = 1500  # on an axis, up to which average pooling has its exact σmax
 ROUNDING = 1e-12  # allowance for a σmax of average pooling, relative
 CAN_BE_BOUNDED = (
-    "Bounds exist for convolutions, Dense, BatchNormalization in inference, activations except softmax, "
-    "pooling, padding, cropping, reshaping, dropout, Rescaling, Normalization, nearest UpSampling, Add, "
-    "Subtract, Average, Concatenate, Maximum and Minimum"
+    "Bounds exist for convolutions, Dense, BatchNormalization in inference, most of keras.activations, "
+    "layers of pooling, padding, cropping, reshaping and dropout, Rescaling, Normalization, nearest "
+    "UpSampling, Add, Subtract, Average, Concatenate, Maximum and Minimum"
 )
 WITHOUT_SOFTMAX = "a certificate needs logits: give the model without its softmax"
 
@@ -49,6 +50,22 @@ SLOPES = {
     "gelu": 1.1290,  # with the approximation by tanh too
 }
 SOFTMAX = ("softmax", "log_softmax", "sparsemax")
+# What a subclass may override: it acts in training, or the bound reads its result.
+HARMLESS = (
+    "build",
+    "compile",
+    "compute_loss",
+    "compute_metrics",
+    "fit",
+    "from_config",
+    "get_config",
+    "kernel",
+    "loss",
+    "metrics",
+    "quantize",
+    "test_step",
+    "train_step",
+)
 
 layers = keras.layers
 SAME_IN_INFERENCE = (
@@ -90,6 +107,7 @@ GLOBAL_AVERAGE = (
     layers.GlobalAveragePooling2D,
     layers.GlobalAveragePooling3D,
 )
+PIECEWISE = (layers.ReLU, layers.LeakyReLU, layers.ELU)
 UP_SAMPLING = (layers.UpSampling1D, layers.UpSampling2D, layers.UpSampling3D)
 
 
@@ -118,14 +136,31 @@ def bound_layer(layer: keras.layers.Layer, shape: Shape) -> LayerBound:
     Raises:
         ValueError: If the layer cannot be bounded. The message is a clause without the layer's name.
     """
-    if isinstance(layer, KNOWN):
-        return _bound_kernels(layer, shape)
-    base: Any = next((cls for cls in type(layer).__mro__ if cls in RULES), None)
-    if base is None:
+    base = keras_class(layer)
+    if base not in KNOWN and base not in RULES:
         raise ValueError(f"no bound is known for {type(layer).__name__}. {CAN_BE_BOUNDED}")
-    if type(layer).call is not base.call:
-        raise ValueError(f"its class, {type(layer).__name__}, overrides call")
+    check_unchanged(layer)
+    if not keras.backend.is_float_dtype(layer.compute_dtype):
+        raise ValueError(f"it computes in {layer.compute_dtype}; bounds hold for floating point")
+    if base in KNOWN:
+        return _bound_kernels(layer, shape)
     return LayerBound(float(RULES[base](layer, shape)))
+
+
+def keras_class(layer: Any) -> type:
+    """Returns the class of Keras that a layer, model or operation is of, or is derived from."""
+    return next((cls for cls in type(layer).__mro__ if cls.__module__.startswith("keras.")), object)
+
+
+def check_unchanged(layer: Any) -> None:
+    """Raises ValueError if a layer does not compute what its class of Keras computes."""
+    cls, base = type(layer), keras_class(layer)
+    names = [name for name in dir(base) if not name.startswith("__") or name == "__call__"]
+    for name in names:
+        own = inspect.getattr_static(base, name)
+        changed = inspect.getattr_static(cls, name) is not own or (name in vars(layer) and callable(own))
+        if changed and name not in HARMLESS:
+            raise ValueError(f"its class, {cls.__name__}, overrides {name}")
 
 
 def activation_name(layer: Any) -> str:
@@ -139,8 +174,25 @@ def activation_name(layer: Any) -> str:
 
 
 def is_softmax(layer: Any) -> bool:
-    """Returns whether a layer ends in a softmax."""
-    return activation_name(layer) in SOFTMAX
+    """Returns whether a layer or operation ends in a softmax."""
+    return activation_name(layer) in SOFTMAX or type(layer).__name__ in ("Softmax", "LogSoftmax", "Sparsemax")
+
+
+def bound_activation(operation: Any) -> float | None:
+    """Returns the largest slope of an activation in a graph. None if the operation is none that is known."""
+    if is_softmax(operation):
+        return _softmax(operation, ())
+    kind = type(operation).__name__.lower()
+    if kind in ("relu", "leakyrelu", "elu"):
+        return _piecewise(operation, ())
+    name = next((name for name in SLOPES if name.replace("_", "") == kind), None)
+    if name is None:
+        return None
+    for parameter in inspect.signature(type(operation)).parameters.values():
+        value = getattr(operation, parameter.name, parameter.default)
+        if parameter.name not in ("name", "approximate") and value != parameter.default:
+            raise ValueError(f"{parameter.name}={value!r} is not the default, whose slope is known")
+    return SLOPES[name]
 
 
 def _bound_kernels(layer: Any, shape: Shape) -> LayerBound:
@@ -153,28 +205,37 @@ def _bound_kernels(layer: Any, shape: Shape) -> LayerBound:
     channels = shape[1] if getattr(layer, "data_format", "") == "channels_first" else shape[-1]
     if places[0].conv.input_shape[-1] != channels:
         raise ValueError(f"its kernel does not suit an input of shape {shape}")
-    found = [sigma_max_bound(_values(getattr(layer, place.attribute)), place.conv) for place in places]
+    found = [sigma_max_bound(real_values(getattr(layer, place.attribute)), place.conv) for place in places]
     methods = dict.fromkeys(bound.method for bound in found)
     return LayerBound(math.prod(bound.value for bound in found) * slope, ", ".join(methods))
 
 
-def _values(variable: Any) -> np.ndarray:
-    """Returns the entries of a weight in float64, or raises ValueError."""
-    values = np.asarray(to_array(variable)).astype(np.float64)
+def real_values(variable: Any) -> np.ndarray:
+    """Returns the entries of a weight or constant in float64, or raises ValueError."""
+    values = np.asarray(to_array(variable))
+    if np.iscomplexobj(values):
+        raise ValueError("its weights or constants are complex")
+    values = values.astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("its weights hold NaN or infinity")
+        raise ValueError("its weights or constants hold NaN or infinity")
     return values
 
 
 def _slope(function: Any, shape: Shape) -> float:
     """Returns the largest slope of an activation: a function of Keras, or a layer."""
     if isinstance(function, layers.Layer):
+        if keras_class(function) not in (*PIECEWISE, layers.Softmax, layers.Activation):
+            kind = type(function).__name__
+            raise ValueError(f"its activation is a layer, {kind}: apply that layer after it instead")
         return bound_layer(function, shape).value
     name = getattr(function, "__name__", type(function).__name__)
+    of_keras = [getattr(module, name, None) for module in (keras.activations, keras.ops)]
     if name in SOFTMAX:
         raise ValueError(f"its activation is {name}; {WITHOUT_SOFTMAX}")
-    if name not in SLOPES or getattr(keras.activations, name, None) is not function:
-        raise ValueError(f"no bound is known for its activation, {name}. {CAN_BE_BOUNDED}")
+    if not any(function is known for known in of_keras):
+        raise ValueError(f"its activation, {name}, is not of keras.activations, where slopes are known")
+    if name not in SLOPES:
+        raise ValueError(f"no bound is known for its activation, {name}. It exists for {', '.join(SLOPES)}")
     return SLOPES[name]
 
 
@@ -182,22 +243,42 @@ def _softmax(layer: Any, shape: Shape) -> float:
     raise ValueError(f"it is a softmax; {WITHOUT_SOFTMAX}")
 
 
-def _relu(layer: Any, shape: Shape) -> float:
-    if layer.threshold:
+def _piecewise(layer: Any, shape: Shape) -> float:
+    """Returns the largest slope of ReLU, LeakyReLU or ELU, as a layer or an operation."""
+    if getattr(layer, "threshold", 0):
         raise ValueError(f"threshold={layer.threshold} makes it jump")
-    return max(1.0, abs(float(layer.negative_slope)))
+    below = [getattr(layer, name, 0.0) for name in ("negative_slope", "alpha")]
+    return float(np.abs(real_values([1.0, *below])).max())
 
 
 def _batch_normalization(layer: Any, shape: Shape) -> float:
-    gamma = _values(layer.gamma) if layer.scale else np.ones(1)
-    return float(np.max(np.abs(gamma) / np.sqrt(_values(layer.moving_variance) + layer.epsilon)))
+    gamma = real_values(layer.gamma) if layer.scale else np.ones(1)
+    return float(np.max(np.abs(gamma) / np.sqrt(real_values(layer.moving_variance) + layer.epsilon)))
 
 
 def _normalization(layer: Any, shape: Shape) -> float:
     if layer.variance is None:
         raise ValueError("it has neither been adapted nor built")
-    deviation = np.maximum(np.sqrt(_values(layer.variance)), keras.config.epsilon())
+    variance = real_values(layer.variance)
+    _check_broadcasting(shape, real_values(layer.mean), variance)
+    deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
     return float(np.max(deviation if layer.invert else 1 / deviation))
+
+
+def _rescaling(layer: Any, shape: Shape) -> float:
+    scale, offset = real_values(layer.scale), real_values(layer.offset)
+    if scale.ndim and keras.config.image_data_format() == "channels_first":  # as Keras does
+        scale = scale.reshape(scale.shape + (1,) * (3 - scale.ndim))
+    _check_broadcasting(shape, scale, offset)
+    return float(np.abs(scale).max())
+
+
+def _check_broadcasting(shape: Shape, *constants: np.ndarray) -> None:
+    """Raises ValueError if constants broadcast an input to a larger shape. Keras does not note that."""
+    one = (1, *(int(n) for n in shape[1:] if n is not None))
+    found = np.broadcast_shapes(one, *(constant.shape for constant in constants))
+    if found != one:
+        raise ValueError(f"its constants broadcast the shape {one} to {found}")
 
 
 def _image(layer: Any, shape: Shape) -> tuple[int, ...]:
@@ -269,13 +350,11 @@ RULES: dict[type, Rule] = {
     **dict.fromkeys(UP_SAMPLING, _up_sampling),
     layers.Softmax: _softmax,
     layers.Activation: lambda layer, shape: _slope(layer.activation, shape),
-    layers.ReLU: _relu,
-    layers.LeakyReLU: lambda layer, shape: max(1.0, abs(float(layer.negative_slope))),
-    layers.PReLU: lambda layer, shape: max(1.0, float(np.abs(_values(layer.alpha)).max())),
-    layers.ELU: lambda layer, shape: max(1.0, abs(float(layer.alpha))),
+    **dict.fromkeys(PIECEWISE, _piecewise),
+    layers.PReLU: lambda layer, shape: max(1.0, float(np.abs(real_values(layer.alpha)).max())),
     layers.BatchNormalization: _batch_normalization,
     layers.Normalization: _normalization,
-    layers.Rescaling: lambda layer, shape: float(np.max(np.abs(layer.scale))),
+    layers.Rescaling: _rescaling,
     # In inference it calls the layer, whose kernel is the one that training has normalized.
     layers.SpectralNormalization: lambda layer, shape: bound_layer(layer.layer, shape).value,
     layers.RepeatVector: lambda layer, shape: math.sqrt(layer.n),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +53,7 @@ class LipschitzBound(Report):
     Attributes:
         value: The bound, in units of σ: output per input.
         layers: One row per call of a layer, in the order of the calls.
+        input_shapes: The shapes of the model's inputs, with the batch. The bound holds for them alone.
         head: The last `Dense` layer, if the model ends in it. `certified_radius` uses it.
 
     Example:
@@ -80,10 +82,14 @@ class LipschitzBound(Report):
 
     value: float
     layers: list[LayerRow]
+    input_shapes: Sequence[tuple[int | None, ...]]
     head: Head | None = None
 
     def __float__(self) -> float:
         return self.value
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value, spec) if spec else str(self)
 
     def records(self) -> list[dict[str, Any]]:
         """Returns flat dicts, one per call of a layer: `pandas.DataFrame(bound.records())` is a table.

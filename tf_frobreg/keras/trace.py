@@ -173,6 +173,12 @@ def input_specs(model: keras.layers.Layer, input_size: InputSize | None) -> list
     return call.tensors
 
 
+def input_names(model: keras.layers.Layer) -> list[str]:
+    """Returns a name for each input of a built Functional or Sequential model, in the model's order."""
+    (call,) = _own_call(model)
+    return call.names
+
+
 def _shapes_in(
     attempt: Callable[[keras.layers.Layer, _Call], None],
     model: keras.layers.Layer,
