@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tf_frobreg.api import *  # noqa: F403
 
-__version__ = "0.8.0"
+__version__ = "0.8.1"
 
 if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True"):  # what TensorFlow accepts
     warnings.warn(
