@@ -2,8 +2,8 @@
 
     python examples/study_factor.py --output-dir examples/results
 
-The runs take about half an hour on two cores; with --quick less than a minute. A study that was stopped
-continues. The script prints a table and writes study_factor.csv and study_factor.png.
+The runs, 280, take about forty minutes on two cores; with --quick a minute. A study that was stopped
+continues. The script prints tables and writes study_factor.csv and study_factor.png.
 
 The network of study_generalization.py is trained on 5,000 images of Fashion-MNIST with factors over five
 decades. The penalty is on the convolutions, with reduction "mean". There are four kinds:
@@ -16,7 +16,7 @@ decades. The penalty is on the convolutions, with reduction "mean". There are fo
 The loss is the cross-entropy of scale·logits. Every setting is trained with scale 1 and with scale 30: layers
 that do not stretch have small logits, with which cross-entropy cannot be confident.
 
-The table shows the test accuracy, and three values of the third convolution (3×3, 16 filters on 16 channels,
+The tables show the test accuracy, and three values of the third convolution (3×3, 16 filters on 16 channels,
 strides 1): σmax, σmin and the share of the energy ‖K‖² in the centre tap.
 """
 
@@ -74,19 +74,21 @@ def train(data_dir, kind, factor, scale, seed, images, epochs):
 
 
 def table(rows, kinds, factors, scale):
-    """Returns a table of means and standard deviations over the seeds. For σmin it shows median and range."""
+    """Returns a table of means and standard deviations over the seeds, with differences in points.
+
+    For σmin it shows median and range.
+    """
     found = Table(
         title=f"Scale {scale:g}, third convolution, 3×3×16×16; "
         "mean ± standard deviation; σmin: median, least–greatest"
     )
-    names = ("test accuracy", "difference to factor 0, points", "σmax", "σmin", "energy in the centre tap")
+    names = ("test accuracy", "difference to factor 0, scale 1", "σmax", "σmin", "energy in the centre tap")
     for name in ("kind", "factor", *names):
         found.add_column(name, justify="left" if name == "kind" else "right", no_wrap=name == "kind")
     for kind in kinds:
         for factor in factors:
-            own, plain = (
-                values(rows, "accuracy", kind=kind, factor=one, scale=scale) for one in (factor, factors[0])
-            )
+            own = values(rows, "accuracy", kind=kind, factor=factor, scale=scale)
+            plain = values(rows, "accuracy", kind=kind, factor=factors[0], scale=SCALES[0])
             sigma_max, sigma_min, centre = (
                 values(rows, column, kind=kind, factor=factor, scale=scale)
                 for column in ("sigma_max", "sigma_min", "centre")
