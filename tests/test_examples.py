@@ -265,11 +265,11 @@ def test_study_says_what_is_wrong(tmp_path):
     assert "--seeds must be at least 1. Received: 0" in error("--seeds", 0)
     assert "--data-dir must hold the four .gz files" in error("--data-dir", tmp_path)
     file = tmp_path / "study_factor_quick.csv"
-    header = "kind,factor,seed,images,epochs,accuracy\n"
+    header = "kind,factor,scale,seed,images,epochs,accuracy\n"
     for content, message in [
         (b"\xff\xfe\x00", "it is not text"),
         (b"name,price\nx,1\n", "it has no column kind, factor, scale, seed, images, epochs"),
-        (f"{header}a,0.1,1,500,2,0.5\na,0.1,2\n".encode(), "line 3 has too many or too few values"),
+        (f"{header}a,0.1,1,1,500,2,0.5\na,0.1,2\n".encode(), "line 3 has too many or too few values"),
     ]:
         file.write_bytes(content)
         assert message in error()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from rich.table import Table
 
-from tf_frobreg.cli.terminal import WIDTH, progress_display, show, stop_request
+from tf_frobreg.cli.files import BadInput
+from tf_frobreg.cli.terminal import WIDTH, load_tensorflow, progress_display, show, stop_request
 
 
 @pytest.mark.slow
@@ -135,3 +136,22 @@ def test_progress_appears_with_its_first_task(capfd):
         progress.add_task("kernels", total=2, note="first")
         progress.start()
     assert "kernels" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)], ids=repr)
+def test_a_stop_during_an_import_is_not_taken_for_a_broken_installation(stop, monkeypatch):
+    def interrupted(name):
+        raise ImportError("initialization failed") from stop  # as an interrupted pybind11 module does
+
+    monkeypatch.setattr("tf_frobreg.cli.terminal.importlib.import_module", interrupted)
+    with pytest.raises(type(stop)):
+        load_tensorflow()
+
+
+def test_a_broken_installation_is_named(monkeypatch):
+    def broken(name):
+        raise ImportError("no such library") from OSError("libfoo.so")
+
+    monkeypatch.setattr("tf_frobreg.cli.terminal.importlib.import_module", broken)
+    with pytest.raises(BadInput, match=r"cannot be imported \(no such library\)"):
+        load_tensorflow()

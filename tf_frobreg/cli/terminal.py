@@ -103,6 +103,14 @@ def _scratch_file() -> Any:
         return open(os.devnull, "r+b")
 
 
+def _stop_behind(error: BaseException) -> BaseException | None:
+    """Returns the Ctrl-C or the exit behind an error. C code that is interrupted can raise ImportError."""
+    cause: BaseException | None = error
+    while isinstance(cause, Exception):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
 def load_tensorflow() -> None:
     """Imports TensorFlow and the public names. Shows the messages of TensorFlow only if that fails."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -117,9 +125,13 @@ def load_tensorflow() -> None:
 
             importlib.import_module("tf_frobreg.api")
             tf.zeros(())  # looks for devices, and reports what it did not find
-        except (ImportError, ValueError, OSError) as error:  # a wrong KERAS_BACKEND, no room for files
-            raise BadInput(f"Keras or TensorFlow cannot be imported ({one_line(error)})") from None
-        except Exception:
+        except Exception as error:
+            if (stop := _stop_behind(error)) is not None:
+                raise stop from None
+            if isinstance(
+                error, (ImportError, ValueError, OSError)
+            ):  # a wrong KERAS_BACKEND, no room for files
+                raise BadInput(f"Keras or TensorFlow cannot be imported ({one_line(error)})") from None
             log.seek(0)
             os.write(stderr, log.read())
             raise
