@@ -128,9 +128,8 @@ def load_tensorflow() -> None:
         except Exception as error:
             if (stop := _stop_behind(error)) is not None:
                 raise stop from None
-            if isinstance(
-                error, (ImportError, ValueError, OSError)
-            ):  # a wrong KERAS_BACKEND, no room for files
+            # a broken installation, a wrong KERAS_BACKEND, no room for files
+            if isinstance(error, (ImportError, ValueError, OSError)):
                 raise BadInput(f"Keras or TensorFlow cannot be imported ({one_line(error)})") from None
             log.seek(0)
             os.write(stderr, log.read())
