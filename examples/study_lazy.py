@@ -51,7 +51,7 @@ CURVATURE = 8  # of the first convolution: it has one channel, and (σ² − 1)�
 GUESSING = 0.2  # of ten classes, 0.1 are right by chance
 LAYERS = {f"sigma_max_{number}": f"σmax {number}" for number in range(1, 5)}
 MEASURED = LAYERS | {"excess": "R − floor"}
-ACCURACIES = {name: label for name, label in COLUMNS.items() if name != "gap"}
+ACCURACIES = {name: COLUMNS[name] for name in ("accuracy", "noisy", "attacked")}
 
 
 def train(data_dir, optimizer, rate, factor, every, seed, images, epochs):

@@ -155,7 +155,9 @@ def test_two_workers_have_the_losses_of_one(tmp_path):
 @with_data
 @pytest.mark.parametrize("study", STUDIES)
 def test_studies_run_and_go_on(study, tmp_path):
-    command = [f"{study}.py", "--quick", "--data-dir", FASHION_MNIST, "--output-dir", tmp_path]
+    folders = ["--data-dir", FASHION_MNIST, "--output-dir", tmp_path]
+    # Several tests run at a time. A second process in each would only import TensorFlow once more.
+    command = [f"{study}.py", "--quick", "--processes", 1, *folders]
     printed = run(*command).stdout
     runs = (tmp_path / f"{study}_quick.csv").read_bytes()
     assert (tmp_path / f"{study}_quick.png").stat().st_size > 10_000
