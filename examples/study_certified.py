@@ -12,7 +12,7 @@ small logits, and cross-entropy cannot be confident with them.
 
 An image is certified at ε if it is classified rightly and its `certified_radius` is above ε: no perturbation
 of L2 norm ε changes its class (pixels from 0 to 1). Projected gradient descent (PGD, Madry et al., 2018)
-attacks the first 250 images at the same ε. Its accuracy is an upper bound of what can be certified.
+attacks the first 250 images at the same ε. Its accuracy is an upper bound of what can be certified of them.
 
 A method has up to 12 settings: three scales and four strengths. For a penalty the strength is its factor, for
 "clip" the largest σ. "none" and "Algorithm 3.1" have no strength. deel-lip's layers and losses need Keras 2,

@@ -10,7 +10,7 @@ of scale·logits. The penalties are on the convolutions, α = 1. There are four 
 training images, and 5,000 images with 30 % of the labels drawn at random. Five values are measured:
 
     test accuracy
-    training − test   training accuracy minus test accuracy
+    training − test   training accuracy minus test accuracy, both with random labels if the task has them
     with noise        test accuracy under Gaussian noise, standard deviation 0.2 of the grey range
     under FGSM        test accuracy under an FGSM attack of 0.02 of the grey range
     under PGD         the same for 2,000 images under projected gradient descent of L2 norm 0.5
@@ -229,11 +229,11 @@ def draw(rows, tasks):
     colors = dict(zip(METHODS, ("0.2", "C1", "C2", "C0", "C3"), strict=True))
     for axes, (column, label) in zip(panels, COLUMNS.items(), strict=True):
         for number, (method, color) in enumerate(colors.items()):
-            cells = [values(rows["most accurate"], column, task=task, method=method) for task in tasks]
+            cells = [100 * values(rows["most accurate"], column, task=task, method=method) for task in tasks]
             places = np.arange(len(tasks)) + 0.15 * (number - 2)
             means, spreads = [cell.mean() for cell in cells], [cell.std() for cell in cells]
             axes.errorbar(places, means, spreads, fmt="o", markersize=4, capsize=2, color=color, label=method)
-        axes.set_title(label)
+        axes.set_title(f"{label}, %")
         names = [
             task.replace(" images", "\nimages").replace(", 30 % of labels", ",\n30 %\n") for task in tasks
         ]
@@ -243,14 +243,14 @@ def draw(rows, tasks):
         for method, color in colors.items():
             ends = []
             for own, marker in zip(rows.values(), "oD", strict=True):
-                x, y = (values(own, column, task=task, method=method) for column in ("accuracy", "pgd"))
+                x, y = (100 * values(own, name, task=task, method=method) for name in ("accuracy", "pgd"))
                 ends.append((x.mean(), y.mean()))
                 axes.errorbar(*ends[-1], y.std(), x.std(), fmt=marker, markersize=5, capsize=2, color=color)
             axes.plot(*zip(*ends, strict=True), ":", color=color)
-        axes.set(title=task, xlabel="test accuracy")
+        axes.set(title=task, xlabel="test accuracy, %")
         axes.locator_params(axis="x", nbins=5)
         axes.grid(color="0.9")
-    below[0].set_ylabel("under PGD")
+    below[0].set_ylabel("under PGD, %")
     for choice, marker in zip(rows, "oD", strict=True):
         below[0].plot([], [], marker, color="0.2", label=choice)
     below[0].legend(fontsize="small")
