@@ -162,7 +162,10 @@ def most_accurate(tried, task, method):
 
 
 def most_robust(tried, task, method):
-    """Returns the setting with the highest accuracy under PGD, of those that give up little accuracy."""
+    """Returns the setting with the highest accuracy under PGD, of those that give up little accuracy.
+
+    If each gives up more, it is the most accurate one.
+    """
     least = max(float(row["accuracy"]) for row in _rows(tried, task, "none")) - PRICE
     near = [row for row in _rows(tried, task, method) if float(row["accuracy"]) >= least]
     if not near:
